@@ -1,0 +1,261 @@
+"""One run of one variant: trains a few RLOO steps and writes one JSON record, on failure too.
+
+    python experiments/train.py --config experiments/configs/cpu.yaml --variant string-level --rloo_k 8
+
+Every setting of experiments/config.py is an option and a YAML key. Run it under experiments/memory_monitor.py (the
+shell scripts do) to have resident and device memory sampled from outside as well. Exit status: 0 ok, 1 error, 2 bad
+settings, 3 out of memory.
+"""
+
+import datetime
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import variants  # noqa: E402  (the tree has to be chosen before anything imports TRL)
+from config import GIB, ExperimentConfig  # noqa: E402
+
+OOM_SIGNS = ("can't allocate memory", "Cannot allocate memory", "out of memory", "bad allocation", "could not create a memory")
+EXIT_STATUS = {"ok": 0, "error": 1, "oom": 3}
+
+
+def parse_config(argv: list[str]):
+    """`(config, stage)`. The variant decides which tree's `TrlParser` reads the rest."""
+    variant = ExperimentConfig.variant
+    for position, word in enumerate(argv):
+        if word == "--config" and position + 1 < len(argv):
+            import yaml
+
+            variant = (yaml.safe_load(Path(argv[position + 1]).read_text()) or {}).get("variant", variant)
+    for position, word in enumerate(argv):
+        if word == "--variant" and position + 1 < len(argv):
+            variant = argv[position + 1]
+        elif word.startswith("--variant="):
+            variant = word.partition("=")[2]
+    stage = variants.activate(variant)
+    from trl import TrlParser
+
+    (config,) = TrlParser(ExperimentConfig).parse_args_and_config(argv)
+    return config, stage
+
+
+def set_budget(config: ExperimentConfig, parameters: int) -> None:
+    """Limits what the process may allocate to `budget_gib`, so that an out-of-memory is an outcome.
+
+    Raises:
+        ValueError: if the weights, reference, gradients and AdamW's state alone need more.
+    """
+    if config.budget_gib is None:
+        return
+    import torch
+
+    budget = int(config.budget_gib * GIB)
+    width = {"float32": 4, "bfloat16": 2, "float64": 8}[config.dtype]
+    needed = parameters * width * 5  # policy, reference, gradients, two moments
+    if needed > budget:
+        raise ValueError(
+            f"budget_gib is {config.budget_gib}, but the model's {parameters:,} parameters need "
+            f"{needed / GIB:.2f} GiB for weights, reference, gradients and optimizer alone. Raise the budget or take a "
+            "smaller model."
+        )
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total))
+    else:
+        resource.setrlimit(resource.RLIMIT_DATA, (budget, budget))
+
+
+def environment(stage) -> dict:
+    import torch
+    import transformers
+
+    cuda = torch.cuda.is_available()
+    with open("/proc/cpuinfo") as cpuinfo:
+        cpu = next((line.partition(":")[2].strip() for line in cpuinfo if line.startswith("model name")), None)
+
+    def git(*args: str) -> str | None:
+        result = subprocess.run(["git", *args], cwd=HERE, capture_output=True, text=True)
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "trl": stage.pin[1:],
+        "tree": {
+            "pin": stage.pin,
+            "stage": stage.name,
+            "stage_name": stage.subject,
+            "commit": stage.commit,
+            "series_sha256": stage.series_sha256,
+        },
+        "repo_commit": git("rev-parse", "HEAD"),
+        "repo_dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "device": torch.cuda.get_device_name(0) if cuda else "cpu",
+        "driver": torch.version.cuda if cuda else None,
+        "cpu": cpu,
+        "cpu_count": os.cpu_count(),
+        "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+
+
+def status_kib(field: str) -> int:
+    """A field of /proc/self/status such as VmRSS, in KiB."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(field + ":"))
+
+
+def write_record(path: Path, record: dict) -> None:
+    """Atomic: a reader sees the whole record or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(tmp, "w") as file:
+        json.dump(record, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(tmp, path)
+
+
+def train(config: ExperimentConfig, stage, record: dict) -> None:
+    """Runs the training and fills `record`; raises what the training raises."""
+    import torch
+    from data import load_prompts, load_tokenizer, model_config
+    from instrument import RunWatch, check_prompts
+    from transformers import AutoModelForCausalLM, logging
+
+    from lowmem.live_bytes import LiveBytes
+
+    logging.set_verbosity_error()
+    tokenizer = load_tokenizer(config)
+    with torch.device("meta"):
+        shape = AutoModelForCausalLM.from_config(model_config(config, tokenizer))
+    set_budget(config, sum(p.numel() for p in shape.parameters()))
+    prompts = load_prompts(config, tokenizer)
+
+    from trainers import build_trainer
+
+    meter = LiveBytes() if config.count_live_bytes else None
+    watch = RunWatch(config.steps, meter)
+    trainer, policy, ref_policy = build_trainer(config, stage, tokenizer, prompts, [watch])
+    watch.watch(policy, ref_policy, trainer.accelerator)
+    summary = record["summary"]
+    summary["rss_start_bytes"] = status_kib("VmRSS") * 1024
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        if meter is None:
+            trainer.train()
+        else:
+            for model in filter(None, (policy, ref_policy)):
+                meter.track(model.parameters())
+                meter.track(model.buffers())
+            with meter:
+                trainer.train()
+    finally:
+        watch.enter("other")
+        summary |= {
+            "rss_peak_bytes": status_kib("VmHWM") * 1024,
+            "step_time_s": watch.step_time_s,
+            "step_time_median_s": sorted(watch.step_time_s[1:])[(len(watch.step_time_s) - 1) // 2]
+            if len(watch.step_time_s) > 1
+            else None,
+            "phase_time_s": dict(watch.phase_time_s),
+            "metrics": watch.metrics,
+        }
+        if meter is not None:
+            summary |= {
+                "live_peak_bytes": meter.peak_bytes,
+                "live_peak_phase": meter.peak_phase,
+                "live_peak_bytes_by_phase": meter.peak_bytes_by_phase,
+            }
+        if torch.cuda.is_available():
+            summary["cuda_peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
+            summary["cuda_peak_reserved_bytes"] = torch.cuda.max_memory_reserved()
+        expected = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+        record["tokens"] = {
+            "prompt_tokens_per_row": [len(ids) for ids in watch.prompts],
+            "completion_tokens_per_row": [len(ids) for ids in watch.completions],
+            "rows_per_step": config.rows_per_step,
+            **check_prompts(
+                watch.all_prompts, expected, config.rows_per_step, config.rloo_k, tiled=stage.pin == "v0.20.0"
+            ),
+        }
+    tokens = record["tokens"]
+    if tokens["prompts_changed"] or tokens["groups_mixed"]:
+        raise RuntimeError(
+            f"the run is not valid: {tokens['prompts_changed']} of {len(watch.all_prompts)} rows had another prompt "
+            f"than the data set's (first step: {sum(tokens['prompt_tokens_per_row'])} tokens, expected "
+            f"{sum(filter(None, tokens['expected_prompt_tokens_per_row']))}), and {tokens['groups_mixed']} groups of "
+            "the leave-one-out baseline mixed prompts"
+        )
+    if not watch.all_prompts or len(watch.step_time_s) != config.steps:
+        raise RuntimeError(f"{len(watch.step_time_s)} of {config.steps} steps were made")
+
+
+def main(argv: list[str]) -> int:
+    started, start = datetime.datetime.now(datetime.timezone.utc), time.perf_counter()
+    try:
+        config, stage = parse_config(argv)
+    except (ValueError, RuntimeError, OSError, variants.load_fork().ForkError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    path = Path(config.record or HERE.parent / f"results/runs/local/{config.workload}/{config.run_name}.json")
+    record = {
+        "schema": 1,
+        "run": f"{config.workload}/{path.stem}",
+        "status": "ok",
+        "error": None,
+        "command": ["python", "experiments/train.py", *argv],
+        "config": asdict(config),
+        "env": environment(stage),
+        "seed": config.seed,
+        "started_at": started.isoformat(timespec="seconds"),
+        "wall_s": None,
+        "tokens": None,
+        "summary": {
+            key: None
+            for key in (
+                "live_peak_bytes live_peak_phase live_peak_bytes_by_phase rss_peak_bytes rss_start_bytes "
+                "cuda_peak_allocated_bytes cuda_peak_reserved_bytes nvml_peak_bytes step_time_s step_time_median_s "
+                "phase_time_s metrics"
+            ).split()
+        },
+    }
+    try:
+        train(config, stage, record)
+    except Exception as error:  # the outcome is recorded, whatever it is
+        lift_budget()
+        text = f"{type(error).__name__}: {error}"
+        is_oom = isinstance(error, MemoryError) or any(sign in text for sign in OOM_SIGNS)
+        record["status"] = "oom" if is_oom else "error"
+        record["error"] = " ".join(text.split())[:1000]
+        traceback.print_exc()
+        print(f"train.py: {record['error']}", file=sys.stderr)
+    record["wall_s"] = time.perf_counter() - start
+    write_record(path, record)
+    print(f"train.py: {record['status']}, record in {path}")
+    return EXIT_STATUS[record["status"]]
+
+
+def lift_budget() -> None:
+    """Room to write the record after an out-of-memory."""
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    try:
+        resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    except (ValueError, OSError):  # not allowed to raise a hard limit: go on with what is free again
+        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

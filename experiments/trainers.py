@@ -1,0 +1,108 @@
+"""Builds the RLOO trainer of each fork tree from one `ExperimentConfig`. Import after `variants.activate`."""
+
+import copy
+import tempfile
+
+import torch
+from config import ExperimentConfig
+from data import as_dataset, model_path
+from rewards import load_reward
+from transformers import AutoModelForCausalLM, set_seed
+
+
+def load_policy(config: ExperimentConfig, tokenizer):
+    return AutoModelForCausalLM.from_pretrained(model_path(config, tokenizer), dtype=getattr(torch, config.dtype))
+
+
+def training_arguments(config: ExperimentConfig) -> dict:
+    """What both trees' configs take by the same name."""
+    rows = config.rows_per_micro_batch or config.rows_per_step
+    return dict(
+        output_dir=tempfile.mkdtemp(prefix="rloo-"),
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=config.rows_per_step // rows,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="constant",
+        temperature=config.temperature,
+        gradient_checkpointing=config.gradient_checkpointing,
+        seed=config.seed,
+        bf16=False,  # the weights' own type, no autocast
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+
+def build_v020(config: ExperimentConfig, tokenizer, prompts: list[str], stage_name: str, callbacks: list):
+    """`(trainer, policy, ref_policy)` on v0.20.0; from the first patch on, prompts stay text."""
+    from trl import RLOOConfig, RLOOTrainer
+
+    stage = int(stage_name) if stage_name.isdigit() else 0
+    reward = load_reward(config.reward)
+
+    def reward_of_text(texts: list[str]) -> list[float]:
+        # this trainer hands over prompt and completion as one text; the reward is for the completion
+        return reward([next((t[len(p) :] for p in prompts if t.startswith(p)), t) for t in texts])
+
+    policy = load_policy(config, tokenizer)
+    ref_policy = copy.deepcopy(policy)
+    args = training_arguments(config) | dict(
+        rloo_k=config.rloo_k,
+        response_length=config.response_tokens,
+        total_episodes=config.steps * config.rows_per_step,
+        num_ppo_epochs=config.epochs_per_batch,
+        kl_coef=config.kl_coef,
+        local_rollout_forward_batch_size=config.rows_per_step,
+        num_sample_generations=0,
+    )
+    if stage >= 4:
+        args["logprob_chunk_size"] = config.logprob_chunk_tokens
+    if stage >= 5:
+        args["forward_batch_size"] = config.rows_per_forward
+    if config.gradient_checkpointing:  # this trainer does not enable it by itself
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    dataset = as_dataset(prompts, tokenizer, as_text=stage >= 1)
+    trainer = RLOOTrainer(
+        config=RLOOConfig(**args),
+        processing_class=tokenizer,
+        policy=policy,
+        ref_policy=ref_policy,
+        reward_model=reward_of_text,
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        callbacks=callbacks,
+    )
+    return trainer, policy, ref_policy
+
+
+def build_v116(config: ExperimentConfig, tokenizer, prompts: list[str], stage_name: str, callbacks: list):
+    """`(trainer, policy, ref_policy)` on v1.16.0."""
+    from trl import RLOOConfig, RLOOTrainer
+
+    reward = load_reward(config.reward)
+    policy = load_policy(config, tokenizer)
+    args = RLOOConfig(
+        **training_arguments(config),
+        num_generations=config.rloo_k,
+        max_completion_length=config.response_tokens,
+        num_iterations=config.epochs_per_batch,
+        beta=config.kl_coef,
+        max_steps=config.steps,
+    )
+    trainer = RLOOTrainer(
+        model=policy,
+        reward_funcs=lambda completions, **_: reward(completions),
+        args=args,
+        train_dataset=as_dataset(prompts, tokenizer, as_text=True),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    return trainer, policy, trainer.ref_model
+
+
+def build_trainer(config: ExperimentConfig, stage, tokenizer, prompts: list[str], callbacks: list):
+    set_seed(config.seed)  # v0.20.0 shuffles its mini-batches with numpy's generator and seeds only torch's
+    build = {"v0.20.0": build_v020, "v1.16.0": build_v116}[stage.pin]
+    return build(config, tokenizer, prompts, stage.name, callbacks)

@@ -1,0 +1,56 @@
+"""What the tests share: the folders on the path, and runs of `rloo_probe.py` in one fork tree each."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments"), str(ROOT / "visualization")]
+
+
+@pytest.fixture(scope="session")
+def probe_model(tmp_path_factory) -> Path:
+    """A small Qwen3 with its tokenizer in which the end-of-sequence token is often likely, so that responses are
+    ragged."""
+    from config import ExperimentConfig
+    from data import load_tokenizer, model_path
+    from transformers import AutoModelForCausalLM
+
+    shape = ExperimentConfig(
+        vocab_size=0, hidden_size=32, intermediate_size=48, head_dim=8, max_position_embeddings=512, model_seed=1
+    )
+    tokenizer = load_tokenizer(shape)
+    model = AutoModelForCausalLM.from_pretrained(model_path(shape, tokenizer))
+    model.lm_head.weight.data[tokenizer.eos_token_id] *= 40
+    folder = tmp_path_factory.mktemp("probe-model")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_probe(tmp_path_factory, probe_model):
+    """`run_probe(variant, extra_arguments, **settings)` -> dict of tensors; every distinct call runs once."""
+    from safetensors.torch import load_file
+
+    folder, cache = tmp_path_factory.mktemp("probe"), {}
+
+    def run(variant: str, extra: dict, patch_tree=None, **settings) -> dict:
+        defaults = {"model": probe_model, "prompts_per_step": 2, "prompt_tokens": 20, "prompt_tokens_min": 6}
+        defaults |= {"response_tokens": 12, "rloo_k": 3, "steps": 3, "epochs_per_batch": 2, "temperature": 0.9}
+        options = [f"--{key}={value}" for key, value in (defaults | settings).items()]
+        key = json.dumps([variant, extra, options])
+        if key not in cache:
+            out = folder / f"{len(cache)}.safetensors"
+            command = [sys.executable, str(ROOT / "tests/rloo_probe.py"), str(out), json.dumps(extra)]
+            command += [f"--variant={variant}", *options]
+            result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            assert result.returncode == 0, result.stderr[-3000:]
+            cache[key] = load_file(out)
+        return cache[key]
+
+    return run
