@@ -4,6 +4,8 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Optional
 
+from variants import ONE_ROW
+
 GIB = 2**30
 
 
@@ -38,7 +40,8 @@ class ExperimentConfig:
 
     rloo_k: int = _setting(4, "completions per prompt")
     prompts_per_step: int = _setting(1, "prompts per optimizer step")
-    rows_per_micro_batch: Optional[int] = _setting(None, "rows per training forward; default: all rows of the step")
+    rows_per_micro_batch: Optional[int] = _setting(None, "per_device_train_batch_size; default: all rows of the step")
+    rows_per_rollout: Optional[int] = _setting(None, "v0.20.0: rows generated at once; default: all rows of the step")
     steps: int = _setting(3, "optimizer steps")
     epochs_per_batch: int = _setting(1, "optimizer steps over every generated batch (num_ppo_epochs, num_iterations)")
     learning_rate: float = _setting(1e-4, "of AdamW, constant")
@@ -58,6 +61,8 @@ class ExperimentConfig:
         for name in ("steps", "prompts_per_step", "prompt_tokens", "response_tokens", "epochs_per_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.variant.endswith(ONE_ROW):
+            self.rows_per_micro_batch = 1
         if self.rows_per_micro_batch is not None and (
             self.rows_per_micro_batch < 1 or self.rows_per_step % self.rows_per_micro_batch
         ):

@@ -54,7 +54,7 @@ def build_v020(config: ExperimentConfig, tokenizer, prompts: list[str], stage_na
         total_episodes=config.steps * config.rows_per_step,
         num_ppo_epochs=config.epochs_per_batch,
         kl_coef=config.kl_coef,
-        local_rollout_forward_batch_size=config.rows_per_step,
+        local_rollout_forward_batch_size=config.rows_per_rollout or config.rows_per_step,
         num_sample_generations=0,
     )
     if stage >= 4:

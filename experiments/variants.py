@@ -17,6 +17,7 @@ VARIANTS = {
     "string-level": ("v0.20.0", "tip"),
     "upstream": ("v1.16.0", "0"),
 }
+ONE_ROW = "-mb1"  # suffix: the same tree with one row per micro-batch, as a user short of memory would set it
 
 
 def load_fork():
@@ -30,15 +31,17 @@ def load_fork():
 
 
 def split_variant(variant: str) -> tuple[str, str]:
-    """`(pin, stage name)` of a variant. `string-level@3` is the series up to its third patch.
+    """`(pin, stage name)` of a variant. `string-level@3` is the series up to its third patch, `upstream-mb1` the variant
+    with one row per micro-batch.
 
     Raises:
         ValueError: if the name is unknown.
     """
-    name, at, stage = variant.partition("@")
+    name, at, stage = variant.removesuffix(ONE_ROW).partition("@")
     if name not in VARIANTS or (at and not stage.isdigit()):
         raise ValueError(
-            f"unknown variant {variant!r}; known: {', '.join(VARIANTS)}, and string-level@N for the first N patches"
+            f"unknown variant {variant!r}; known: {', '.join(VARIANTS)}, string-level@N for the first N patches, and any "
+            f"of them with {ONE_ROW} for one row per micro-batch"
         )
     pin, tip = VARIANTS[name]
     return pin, stage or tip

@@ -53,6 +53,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             log_z[rows] = largest + total.log()
             logps[rows] = logits.gather(-1, targets[rows].unsqueeze(-1)).squeeze(-1) - log_z[rows]
             entropy[rows] = log_z[rows] - exp.mul_(logits).sum(-1) / total
+            del logits, exp  # or they would be held while the next tiles are made
         ctx.save_for_backward(hidden, weight, bias, targets, log_z, entropy)
         ctx.settings = (temperature, softcap, logit_scale)
         ctx.chunk_tokens, ctx.compute_dtype = chunk_tokens, compute_dtype
@@ -97,6 +98,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
                     grad_weight += grad.t() @ chunk
             if needs_bias:
                 grad_bias += grad.sum(0, dtype=sum_dtype)
+            del logits, tanh, probs, grad
         return (
             grad_hidden,
             grad_weight.to(weight.dtype) if needs_weight else None,

@@ -321,18 +321,19 @@ def main(argv: list[str] | None = None) -> int:
     if extra and args.verb != "diff":
         parser.error(f"unknown arguments: {' '.join(extra)}")
     try:
-        for pin in getattr(args, "pins", None) or SDIST_SHA256:
+        if args.verb == "diff":
+            stage(args.pin)  # built, and from the present series
+            return subprocess.run(["git", "diff", *extra, "upstream..main"], cwd=ROOT / args.pin / "src").returncode
+        if args.verb == "export":
+            export(args.pin)
+            return 0
+        for pin in args.pins or SDIST_SHA256:
             if pin not in SDIST_SHA256:
                 raise ForkError(f"unknown pin {pin!r}; known: {', '.join(SDIST_SHA256)}")
             if args.verb == "build":
                 build(pin, args.force)
-            elif args.verb == "check":
+            else:
                 check(pin)
-        if args.verb == "export":
-            export(args.pin)
-        elif args.verb == "diff":
-            stage(args.pin)  # built, and from the present series
-            return subprocess.run(["git", "diff", *extra, "upstream..main"], cwd=ROOT / args.pin / "src").returncode
     except ForkError as error:
         print(f"fork.py: {error}", file=sys.stderr)
         return 1

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Sets up what is missing, then runs the tests.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+case "${1:-}" in
+  -h | --help)
+    cat <<EOF
+Usage: ./run_tests.sh [--all] [pytest options]
+
+Sets up what is missing (./setup_env.sh), checks the patch series (export and import give the identical tree) and runs
+the quick tests, about 6 minutes on 2 cores. --all adds the slow proofs: the full parity grids, every patch in float32
+and float64, and TRL's own test files on the patched tree; about 15 minutes.
+EOF
+    exit 0 ;;
+esac
+./setup_env.sh
+selection=(-m "not slow")
+if [ "${1:-}" = "--all" ]; then
+  shift
+  selection=()
+fi
+echo "run_tests.sh: patch series"
+.venv/bin/python trl/fork.py check
+echo "run_tests.sh: style"
+.venv/bin/ruff check --quiet .
+.venv/bin/ruff format --check --quiet .
+echo "run_tests.sh: tests ${selection[*]:-(all)}"
+exec .venv/bin/python -m pytest -q --durations=10 "${selection[@]}" "$@"
