@@ -1,0 +1,316 @@
+"""Training and scoring k completions of a prompt with one copy of the prompt, exactly, with memory flat in k.
+
+The obvious way runs k rows `[prompt, completion]` and pays for the prompt k times. Here a group runs in three stages:
+
+1. the prompt without its last token runs once; its graph is kept, and every layer's keys and values become leaves;
+2. branches `[last prompt token, completion without its last token]` run in micro-batches, forward and backward, on top
+   of the leaves, whose gradients add up; a branch's graph is gone before the next one starts;
+3. one backward takes the leaves' gradients through the prompt's graph.
+
+A transformers `Cache` carries the keys and values, so the model, its attention and its masks are the stock ones.
+
+    groups = [PromptGroup(prompt_ids, completions)]  # (P,) and k tensors (R_i,)
+    def loss_fn(scores):  # the loss of all rows is the sum over micro-batches: divide by constants known beforehand
+        return -(advantages[scores.rows] * scores.logps.sum(-1)).sum() / num_rows
+    loss, scores = shared_prefix_backward(model, groups, loss_fn)  # gradients are in .grad
+    optimizer.step()
+
+Shapes: P prompt tokens, k completions of a prompt, R tokens of the longest completion at hand, m branches of a
+micro-batch, N completions of all groups.
+"""
+
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lowmem.shared_prefix_checks import checkpointing_is_active, transformers_model
+from lowmem.shared_prefix_prompt import BranchForward, SharedPrompt, score_logits
+
+BRANCH_TOKENS = 1024  # of a micro-batch: enough work for one pass over the weights
+
+
+@dataclass
+class PromptGroup:
+    """A prompt and its completions, without padding.
+
+    Attributes:
+        prompt_ids: (P,), int64, P >= 1.
+        completions: k tensors (R_i,), int64, R_i >= 1.
+    """
+
+    prompt_ids: torch.Tensor
+    completions: Sequence[torch.Tensor]
+
+    def __post_init__(self):
+        for ids in (self.prompt_ids, *self.completions):
+            if ids.ndim != 1 or ids.numel() == 0:
+                raise ValueError(f"unpadded ids (tokens,) with at least one token expected, got {tuple(ids.shape)}")
+        if not self.completions:
+            raise ValueError("a prompt without completions has nothing to score")
+
+
+@dataclass
+class BranchScores:
+    """Scores of m completions, right-padded to R tokens.
+
+    Attributes:
+        rows: (m,), int64, where each completion stands among those of all groups, in the order given.
+        logps: (m, R), nats, 0 on padding.
+        entropies: (m, R), nats, 0 on padding; None if the branch forward computes none.
+        mask: (m, R), bool, True on the completion's tokens.
+    """
+
+    rows: torch.Tensor
+    logps: torch.Tensor
+    entropies: torch.Tensor | None
+    mask: torch.Tensor
+
+
+def micro_batches(lengths: Sequence[int], max_branch_tokens: int, max_branches: int | None = None) -> list[list[int]]:
+    """Indices of completions by micro-batch: longest first, each padded to `max_branch_tokens` at most, one at least.
+
+    Raises:
+        ValueError: if a limit is below 1.
+    """
+    if max_branch_tokens < 1 or (max_branches is not None and max_branches < 1):
+        raise ValueError(f"limits of at least 1 expected, got {max_branch_tokens} tokens, {max_branches} branches")
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        num_padded = lengths[batches[-1][0]] if batches else 0  # the first of a batch is its longest
+        full = not batches or num_padded * (len(batches[-1]) + 1) > max_branch_tokens
+        if full or len(batches[-1]) == max_branches:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+def shared_prefix_backward(
+    model: nn.Module,
+    groups: Sequence[PromptGroup],
+    loss_fn: Callable[[BranchScores], torch.Tensor],
+    *,
+    max_branch_tokens: int = BRANCH_TOKENS,
+    max_branches: int | None = None,
+    branch_forward: BranchForward = score_logits,
+    backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
+    prompt_backward=torch.autograd.backward,
+    self_check: bool = True,
+) -> tuple[torch.Tensor, BranchScores]:
+    """Adds to `.grad` what this adds, without k copies of the prompt and without k graphs at once:
+
+    ```python
+    scores = score(model, [[prompt, c] for prompt, completions in groups for c in completions])
+    loss_fn(scores).backward()
+    ```
+
+    `loss_fn` is called once per micro-batch, and the loss is the sum. So it divides by constants known beforehand
+    (rows, tokens of the whole step), never by what is in front of it. Groups run one after the other. The peak is one
+    prompt's graph, plus its keys and values and their gradients, plus one micro-batch; it does not depend on k.
+
+    Args:
+        loss_fn: scores of m completions to a scalar with a gradient.
+        max_branch_tokens: most tokens, padding included, of a micro-batch; a longer completion runs alone.
+        max_branches: most completions of a micro-batch.
+        branch_forward: how the model is asked for log-probabilities, see `BranchForward`.
+        backward: called with each micro-batch's loss, for example `accelerator.backward`.
+        prompt_backward: see `SharedPrompt`.
+        self_check: `check_shared_prefix` on one group, on first use with this model in this mode.
+
+    Returns:
+        The loss (a scalar) and the scores of all N completions in the order given, both without a graph.
+
+    Raises:
+        NotImplementedError, RuntimeError: see `SharedPrompt`.
+        ValueError: if `loss_fn` returns something else than a scalar with a gradient, or a limit is below 1.
+        SharedPrefixMismatch: see `check_shared_prefix`.
+    """
+    if self_check:
+        _check_on_first_use(model, groups, branch_forward, gradients=True)
+
+    def train(scores: BranchScores) -> torch.Tensor:
+        loss = loss_fn(scores)
+        if loss.ndim != 0 or not loss.requires_grad:
+            raise ValueError(
+                f"loss_fn returned a tensor of shape {tuple(loss.shape)} with requires_grad={loss.requires_grad}: a "
+                "scalar that depends on scores.logps is expected (is the model frozen, or the loss detached?)"
+            )
+        backward(loss)
+        return loss.detach()
+
+    losses, scores = _run(
+        model, groups, train, max_branch_tokens, max_branches, branch_forward, prompt_backward=prompt_backward
+    )
+    return torch.stack(losses).sum(), scores
+
+
+@torch.no_grad()
+def shared_prefix_scores(
+    model: nn.Module,
+    groups: Sequence[PromptGroup],
+    *,
+    max_branch_tokens: int = BRANCH_TOKENS,
+    max_branches: int | None = None,
+    branch_forward: BranchForward = score_logits,
+    self_check: bool = True,
+) -> BranchScores:
+    """Scores of all N completions in the order given, without gradients; for old and reference log-probabilities.
+
+    Equals `score(model, [[prompt, c] for prompt, completions in groups for c in completions])`. Arguments and errors
+    are those of `shared_prefix_backward`.
+    """
+    if self_check:
+        _check_on_first_use(model, groups, branch_forward, gradients=False)
+    return _run(model, groups, lambda scores: None, max_branch_tokens, max_branches, branch_forward)[1]
+
+
+def _run(model, groups, consume, max_branch_tokens, max_branches, branch_forward, **prompt_options):
+    """Scores every group in micro-batches, hands each to `consume`; returns what that returned, and all scores."""
+    device = groups[0].prompt_ids.device
+    lengths = [len(ids) for group in groups for ids in group.completions]
+    mask = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]  # (N, R)
+    everything = BranchScores(torch.arange(len(lengths), device=device), None, None, mask)
+    results, first_row = [], 0
+    for group in groups:
+        with SharedPrompt(model, group.prompt_ids, **prompt_options) as prompt:
+            for batch in micro_batches([len(ids) for ids in group.completions], max_branch_tokens, max_branches):
+                logps, entropies, branch_mask = prompt.score([group.completions[i] for i in batch], branch_forward)
+                scores = BranchScores(torch.tensor(batch, device=device) + first_row, logps, entropies, branch_mask)
+                results.append(consume(scores))
+                for name in ("logps", "entropies"):
+                    part = getattr(scores, name)
+                    if part is None:
+                        continue
+                    if getattr(everything, name) is None:
+                        setattr(everything, name, part.new_zeros(mask.shape, requires_grad=False))
+                    getattr(everything, name)[scores.rows, : part.shape[1]] = part.detach()
+                del logps, entropies, scores, part  # the graph, where `consume` ran no backward
+        first_row += len(group.completions)
+    return results, everything
+
+
+class SharedPrefixMismatch(RuntimeError):
+    """The shared and the plain computation of one group differ by more than rounding."""
+
+
+# Largest accepted error of (log-probability in nats, gradient relative to its norm), by the precision of the keys and
+# values. A fault such as lost positions or a lost prompt gradient is above 0.5 in both. In half precision
+# log-probabilities are compared by their mean, because single tokens differ between two plain layouts as well.
+TOLERANCES = {
+    torch.float64: (1e-5, 1e-4),
+    torch.float32: (1e-3, 1e-2),
+    torch.bfloat16: (0.05, 0.3),
+    torch.float16: (0.05, 0.3),
+}
+
+
+def check_shared_prefix(
+    model: nn.Module,
+    group: PromptGroup,
+    *,
+    branch_forward: BranchForward = score_logits,
+    gradients: bool = True,
+    max_completions: int = 2,
+    max_completion_tokens: int = 64,
+) -> dict[str, float]:
+    """Runs part of a group shared and plain, and raises rather than lets training go on with wrong numbers.
+
+    The plain way runs `[prompt, completion]` one at a time, with the same `branch_forward`. The loss is the
+    log-probabilities times fixed random weights. Leaves `.grad` and the random state as they were; holds two sets of
+    gradients on the CPU.
+
+    Returns:
+        `logp_error_max`, `logp_error_mean` (nats) and `grad_error` (norm of the difference over the norm, of all
+        parameters together; 0 without `gradients`).
+
+    Raises:
+        SharedPrefixMismatch: if an error exceeds its tolerance or is not finite, or if a gradient is missing.
+        NotImplementedError, RuntimeError: see `SharedPrompt`.
+    """
+    prompt_ids = group.prompt_ids
+    completions = [ids[:max_completion_tokens] for ids in group.completions[:max_completions]]
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(len(ids), generator=generator).to(prompt_ids.device) for ids in completions]
+
+    def backward(logps, weight):
+        if gradients:
+            (logps * weight).sum().backward()
+        return logps.detach()
+
+    def shared():
+        with SharedPrompt(model, prompt_ids) as prompt:
+            logps, _, mask = prompt.score(completions, branch_forward)
+            return backward(logps[mask], torch.cat(weights)), prompt.dtype
+
+    def plain():
+        rows = []
+        for ids, weight in zip(completions, weights, strict=True):
+            row = torch.cat([prompt_ids, ids[:-1]])[None]
+            positions = torch.arange(row.shape[1], device=row.device)[None]
+            inputs = {"input_ids": row, "position_ids": positions, "use_cache": False}
+            rows.append(backward(branch_forward(model, inputs, ids[None])[0][0], weight))
+        return torch.cat(rows)
+
+    kept = {name: parameter.grad for name, parameter in model.named_parameters()}
+    try:
+        with torch.set_grad_enabled(gradients):
+            (shared_logps, dtype), shared_grads = _with_gradients(model, shared)
+            plain_logps, plain_grads = _with_gradients(model, plain)
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.grad = kept[name]
+    return _compare(shared_logps, plain_logps, shared_grads, plain_grads, dtype)
+
+
+def _with_gradients(model, run):
+    model.zero_grad(set_to_none=True)
+    result = run()
+    return result, {name: p.grad.to("cpu") for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _compare(shared_logps, plain_logps, shared_grads, plain_grads, dtype) -> dict[str, float]:
+    difference = (shared_logps.double() - plain_logps.double()).abs()
+    common = shared_grads.keys() & plain_grads.keys()
+    squared_errors = {n: (shared_grads[n].double() - plain_grads[n].double()).square().sum().item() for n in common}
+    squared_norm = sum(grad.double().square().sum().item() for grad in plain_grads.values())
+    figures = {
+        "logp_error_max": difference.max().item(),
+        "logp_error_mean": difference.mean().item(),
+        "grad_error": math.sqrt(sum(squared_errors.values()) / squared_norm) if squared_norm > 0 else 0.0,
+    }
+    logp_tolerance, grad_tolerance = TOLERANCES[dtype]
+    decisive = "logp_error_max" if dtype.itemsize >= 4 else "logp_error_mean"
+    faults = []
+    if not figures[decisive] <= logp_tolerance:
+        faults.append(f"{decisive} exceeds {logp_tolerance:g}")
+    if not figures["grad_error"] <= grad_tolerance:
+        worst = max(squared_errors, key=squared_errors.get)
+        faults.append(f"grad_error exceeds {grad_tolerance:g}, most of it in {worst}")
+    if shared_grads.keys() != plain_grads.keys():
+        faults.append(f"only one of both has a gradient for {sorted(shared_grads.keys() ^ plain_grads.keys())[:4]}")
+    if faults:
+        raise SharedPrefixMismatch(
+            f"Shared prefix and plain computation differ: {'; '.join(faults)} ({figures}). Nothing was trained. Leave "
+            "the shared prefix off for this model, and report the model's configuration."
+        )
+    return figures
+
+
+_checked: weakref.WeakKeyDictionary[nn.Module, set] = weakref.WeakKeyDictionary()  # modes that passed, by model
+
+
+def _check_on_first_use(model, groups, branch_forward, gradients) -> None:
+    mode = (
+        transformers_model(model).config._attn_implementation,
+        model.training,
+        checkpointing_is_active(model),
+        gradients,
+    )
+    passed = _checked.setdefault(model, set())
+    shared = [group for group in groups if len(group.prompt_ids) > 1]  # one token leaves nothing to share
+    if shared and mode not in passed:
+        check_shared_prefix(model, shared[0], branch_forward=branch_forward, gradients=gradients)
+        passed.add(mode)

@@ -1,0 +1,215 @@
+"""What the shared prefix cannot do exactly, found before it runs.
+
+The obvious way is to try and to compare losses, but an on-policy loss says nothing and most of these faults raise no
+error. So everything that makes k copies of a prompt differ from one copy, or that loses the prompt's gradient, is
+looked for in the configuration and in the modules, and refused with the reason and the way out:
+
+    reasons = why_not_exact(model)
+    if reasons:
+        raise NotImplementedError(" ".join(reasons))
+"""
+
+import functools
+
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from transformers import PreTrainedConfig, PreTrainedModel
+
+# Attention over all earlier tokens, or over a part of them that depends on positions only.
+EXACT_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+# RoPE whose angle at a position does not depend on the rest of the sequence.
+STATIC_ROPE_TYPES = frozenset({"default", "linear", "yarn", "llama3", "proportional"})
+# Parts of the names under which transformers and PEFT keep the rate of a random disturbance.
+_NOISE_NAMES = ("drop", "jitter", "noise")
+_STATEFUL_MODULES = (nn.Conv1d, nn.RNNBase, nn.RNNCellBase, nn.modules.batchnorm._BatchNorm)
+
+
+def transformers_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside wrappers (PEFT, DDP), or the model itself.
+
+    Raises:
+        NotImplementedError: if there is none.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise NotImplementedError(
+        f"{type(model).__name__} holds no transformers model: the shared prefix travels in a transformers `Cache`. "
+        "Use a `PreTrainedModel`, or leave the shared prefix off."
+    )
+
+
+def why_not_exact(model: nn.Module) -> list[str]:
+    """Reasons why one copy of the prompt would not equal k copies for `model` as it is now, each with the way out.
+
+    Depends on training or evaluation mode (dropout, gradient checkpointing), so ask again when that changes. Lengths
+    are looked at by `why_not_exact_at`.
+
+    Raises:
+        NotImplementedError: if there is no transformers model inside.
+    """
+    inner = transformers_model(model)
+    return [
+        *_architecture_reasons(inner),
+        *_noise_reasons(model),
+        *_checkpointing_reasons(model),
+        *_wrapper_reasons(model),
+    ]
+
+
+def _architecture_reasons(inner: PreTrainedModel) -> list[str]:
+    config = inner.config
+    reasons = []
+    if config.is_encoder_decoder:
+        reasons.append(
+            f"{config.model_type} is an encoder-decoder: its prompt is not a prefix of the decoder's sequence. Use a "
+            "decoder-only model."
+        )
+    others = sorted(config.sub_configs.keys() - {"text_config", "attn_config", "ffn_config"})
+    if others:
+        reasons.append(
+            f"{config.model_type} is multimodal ({', '.join(others)}): image positions and bidirectional blocks in "
+            "a shared prompt are not shown exact. Load the text model alone, or leave the shared prefix off."
+        )
+    text = config.get_text_config(decoder=True)
+    unknown = sorted(set(getattr(text, "layer_types", None) or ()) - EXACT_LAYER_TYPES)
+    stateful = sorted({type(module).__name__ for module in inner.modules() if isinstance(module, _STATEFUL_MODULES)})
+    if unknown or stateful or inner._is_stateful:
+        found = ", ".join([*unknown, *stateful]) or "a recurrent state"
+        reasons.append(
+            f"{config.model_type} carries the prompt in something other than keys and values ({found}): a branch "
+            "would not see the prompt's state, or would disturb it. Use a model with attention layers only."
+        )
+    if getattr(text, "num_kv_shared_layers", 0) or any(getattr(text, "kv_sharing_modes", None) or ()):
+        reasons.append(
+            f"{config.model_type} shares keys and values between layers outside the cache. Use a model without that."
+        )
+    one_way = all(getattr(module, "is_causal", True) for module in inner.modules())
+    if not one_way or not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", False):
+        reasons.append("The attention is bidirectional: the prompt would see its completions. Use a causal model.")
+    if getattr(text, "output_router_logits", False):
+        reasons.append(
+            "`output_router_logits` is set: the mixture-of-experts auxiliary loss would count the prompt once and not "
+            "k times. Set `model.config.output_router_logits = False`, or leave the shared prefix off."
+        )
+    return reasons
+
+
+def _noise_reasons(model: nn.Module) -> list[str]:
+    """Random disturbances that are switched on: the prompt would draw once where k copies draw k times."""
+    found = set()
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        is_dropout = isinstance(module, nn.modules.dropout._DropoutNd)
+        rates = {"p": module.p} if is_dropout else {k: v for k, v in vars(module).items() if _is_noise_name(k)}
+        found.update(f"{name}.{k} = {v:g}" for k, v in rates.items() if type(v) in (float, int) and v > 0)
+    if not found:
+        return []
+    first = sorted(found)[0]
+    return [
+        f"{len(found)} random disturbance(s) are active, the first being {first}: one copy of the prompt draws once "
+        "where k copies draw k times. Set every dropout to 0 (adapters too: `lora_dropout=0`), or call `model.eval()`."
+    ]
+
+
+def _is_noise_name(name: str) -> bool:
+    return any(part in name for part in _NOISE_NAMES)
+
+
+def _checkpoint_functions(model: nn.Module):
+    """Checkpoint functions that are in use: of transformers' layers, and of torch's wrapper around a layer."""
+    for module in model.modules():
+        if isinstance(module, CheckpointWrapper):
+            yield module.checkpoint_fn
+        elif module.training and getattr(module, "gradient_checkpointing", False):
+            yield module._gradient_checkpointing_func
+
+
+def checkpointing_is_active(model: nn.Module) -> bool:
+    """Whether a forward now would recompute layers in its backward."""
+    return any(True for _ in _checkpoint_functions(model))
+
+
+def _checkpointing_reasons(model: nn.Module) -> list[str]:
+    for function in _checkpoint_functions(model):
+        options = function.keywords if isinstance(function, functools.partial) else {}
+        if options.get("use_reentrant") is not False:
+            return [
+                "Gradient checkpointing is reentrant, or does not say that it is not: keys and values would leave "
+                "their layer without a gradient and the prompt's part would be lost. Use "
+                '`gradient_checkpointing_kwargs={"use_reentrant": False}`.'
+            ]
+    return []
+
+
+def _wrapper_reasons(model: nn.Module) -> list[str]:
+    reasons = []
+    if any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules()):
+        reasons.append(
+            "The model is compiled by `torch.compile`, with which the shared prefix is not shown exact. Pass the "
+            "uncompiled model."
+        )
+    adapters = getattr(model, "peft_config", None) or {}
+    if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
+        reasons.append(
+            "The PEFT adapter puts virtual tokens before the prompt, which move its positions. Use LoRA or another "
+            "adapter that changes weights."
+        )
+    return reasons
+
+
+def why_not_exact_at(model: nn.Module, shortest: int, longest: int) -> list[str]:
+    """Reasons why forwards over `shortest` to `longest` tokens would not rotate a position by the same angle.
+
+    RoPE of type `dynamic` and `longrope` recomputes its angles from the longest position of the forward at hand, so a
+    prompt alone and a prompt with its completion differ. Exact again when all lengths fall on one side of the switch
+    (`dynamic`: below it, because above it every length has angles of its own).
+    """
+    text = transformers_model(model).config.get_text_config(decoder=True)
+    parameters = getattr(text, "rope_parameters", None) or {}
+    per_layer_type = [parameters] if "rope_type" in parameters else list(parameters.values())
+    reasons = []
+    for rope in per_layer_type:
+        if not isinstance(rope, dict) or rope.get("rope_type", "default") in STATIC_ROPE_TYPES:
+            continue
+        rope_type = rope["rope_type"]
+        switch = _rope_switch(rope, text)
+        if rope_type == "longrope":
+            exact = longest <= switch or shortest > switch
+        else:
+            exact = rope_type == "dynamic" and longest < switch
+        if not exact:
+            reasons.append(
+                f"RoPE of type {rope_type!r} depends on the longest position: the prompt alone ({shortest} tokens) "
+                f"and with its completion ({longest} tokens) are rotated differently (switch at {switch} tokens). "
+                "Keep all lengths on one side (`dynamic`: below), use a RoPE type whose angles are fixed "
+                f"({', '.join(sorted(STATIC_ROPE_TYPES))}), or leave the shared prefix off."
+            )
+    return reasons
+
+
+def _rope_switch(rope: dict, text: PreTrainedConfig) -> int:
+    if rope["rope_type"] == "longrope":
+        return rope["original_max_position_embeddings"]
+    return text.max_position_embeddings
+
+
+def refuse_inexact(model: nn.Module) -> None:
+    """Raises NotImplementedError with every reason of `why_not_exact`."""
+    _refuse(why_not_exact(model))
+
+
+def refuse_inexact_lengths(model: nn.Module, shortest: int, longest: int) -> None:
+    """Raises NotImplementedError with every reason of `why_not_exact_at`."""
+    _refuse(why_not_exact_at(model, shortest, longest))
+
+
+def _refuse(reasons: list[str]) -> None:
+    if reasons:
+        raise NotImplementedError("The shared prefix would not be exact here. " + " ".join(reasons))
+
+
+def weight_versions(model: nn.Module) -> list[tuple[int, bool]]:
+    """What changes when a weight is written in place, or when an adapter is switched on or off."""
+    return [(parameter._version, parameter.requires_grad) for parameter in model.parameters()]

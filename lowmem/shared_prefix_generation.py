@@ -1,0 +1,166 @@
+"""Generation of k completions per prompt with every prompt prefilled once.
+
+The obvious way hands `generate` k copies of each prompt and prefills all of them. Here each prompt is prefilled once,
+without its last token and without a row of logits; the cache is repeated k times; and the unmodified `generate` goes
+on from the last prompt token. It samples from the same rows in the same order, so one seed gives the same tokens.
+
+    out = shared_prefix_generate(model, input_ids, attention_mask, num_generations=8, max_new_tokens=64)
+
+Shapes: n prompts, P tokens of the longest prompt, k completions of a prompt, R tokens of the longest completion.
+"""
+
+import copy
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from lowmem.shared_prefix_checks import (
+    checkpointing_is_active,
+    refuse_inexact,
+    refuse_inexact_lengths,
+    transformers_model,
+)
+
+# Settings of `generate` that make rows of their own or keep the cache elsewhere: value that is accepted besides None.
+_ACCEPTED = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "use_cache": True,
+    "cache_implementation": "hybrid",  # what hub models still say; `generate` takes it for the default
+    "return_dict_in_generate": False,
+    "prompt_lookup_num_tokens": None,
+    "guidance_scale": 1.0,
+    "prefill_chunk_size": None,
+}
+_REFUSED_ARGUMENTS = ("assistant_model", "custom_generate", "inputs_embeds", "past_key_values", "position_ids")
+
+
+@torch.no_grad()
+def shared_prefix_generate(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    num_generations: int,
+    *,
+    max_rows: int | None = None,
+    **generate_kwargs,
+) -> torch.Tensor:
+    """Equals this, without n (k - 1) prefills:
+
+    ```python
+    rows = input_ids.repeat_interleave(num_generations, 0)
+    model.generate(rows, attention_mask=attention_mask.repeat_interleave(num_generations, 0), **generate_kwargs)
+    ```
+
+    With the same seed the tokens are the same, as long as rounding does not decide between two of them: the sums of a
+    prefill with n rows and of one with n k rows differ in the last digits.
+
+    Args:
+        model: a transformers causal LM, also inside PEFT, in evaluation mode or without gradient checkpointing.
+        input_ids: (n, P), int64, left-padded.
+        attention_mask: (n, P), 1 on tokens, 0 on the padding at the left.
+        num_generations: k.
+        max_rows: most rows to generate at once; None for all n k. Fewer rows need less cache, but draw random numbers
+            in another order: exact only in distribution when sampling.
+        **generate_kwargs: for `model.generate`, which returns a tensor.
+
+    Returns:
+        (n k, P + R): prompts with completions, those of a prompt next to each other, right-padded.
+
+    Raises:
+        NotImplementedError: if it would not be exact, with the reason and the way out.
+        ValueError: if the shapes do not fit, or the prompts are not left-padded.
+    """
+    _check_prompts(input_ids, attention_mask, num_generations, max_rows)
+    _refuse_settings(model, generate_kwargs)
+    refuse_inexact(model)
+    longest = int(attention_mask.sum(-1).max())
+    refuse_inexact_lengths(model, longest - 1, longest)
+    if checkpointing_is_active(model):
+        raise NotImplementedError(
+            "Gradient checkpointing is active: its layers take the cache away from `generate`, which would then see "
+            "the last token only. Call `model.eval()`, or disable gradient checkpointing while generating."
+        )
+    rows = torch.arange(input_ids.shape[0], device=input_ids.device).repeat_interleave(num_generations)
+    prefilled = _prefill(model, input_ids[:, :-1], attention_mask[:, :-1]) if input_ids.shape[1] > 1 else None
+    outputs = []
+    for part in rows.split(max_rows or len(rows)):
+        cache = None if prefilled is None else _select_rows(prefilled, part)
+        outputs.append(
+            model.generate(
+                input_ids=input_ids[part],
+                attention_mask=attention_mask[part],
+                past_key_values=cache,
+                **generate_kwargs,
+            )
+        )
+    if len(outputs) == 1:
+        return outputs[0]
+    width = max(part.shape[1] for part in outputs)
+    pad_id = _pad_token_id(model, generate_kwargs)
+    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=pad_id) for part in outputs])
+
+
+def _prefill(model, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> DynamicCache:
+    """Cache of (n, P - 1) tokens, of the kind that `generate` would make."""
+    positions = attention_mask.long().cumsum(-1) - 1  # as `generate` numbers them
+    positions = positions.masked_fill(attention_mask == 0, 0)
+    cache = DynamicCache(config=transformers_model(model).config.get_text_config(decoder=True))
+    model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=torch.empty(0, dtype=torch.long, device=input_ids.device),
+    )
+    if cache.get_seq_length() != input_ids.shape[1]:
+        raise RuntimeError(
+            f"the prefill left {cache.get_seq_length()} of {input_ids.shape[1]} tokens in the cache: "
+            f"{type(transformers_model(model)).__name__} does not write to the cache that it is given. Generate "
+            "without the shared prefix."
+        )
+    return cache
+
+
+def _select_rows(cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
+    """A cache of its own with the given rows, repeated where they repeat; `cache` stays as it is."""
+    selected = copy.copy(cache)
+    selected.layers = [copy.copy(layer) for layer in cache.layers]
+    selected.batch_select_indices(rows)
+    return selected
+
+
+def _check_prompts(input_ids, attention_mask, num_generations, max_rows) -> None:
+    if input_ids.ndim != 2 or input_ids.numel() == 0 or attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"ids and mask (n, P) with P >= 1 expected, got {tuple(input_ids.shape)} and {tuple(attention_mask.shape)}"
+        )
+    if num_generations < 1 or (max_rows is not None and max_rows < 1):
+        raise ValueError(f"num_generations and max_rows of at least 1 expected, got {num_generations} and {max_rows}")
+    if not bool(attention_mask[:, -1].all()) or bool((attention_mask.long().diff(dim=-1) < 0).any()):
+        raise ValueError("prompts must be padded at the left only: every row ends in a token, without holes")
+
+
+def _refuse_settings(model, generate_kwargs) -> None:
+    defaults = generate_kwargs.get("generation_config") or model.generation_config
+    refused = [name for name in _REFUSED_ARGUMENTS if generate_kwargs.get(name) is not None]
+    for name, accepted in _ACCEPTED.items():
+        value = generate_kwargs.get(name, getattr(defaults, name, None))
+        if value is not None and value != accepted:
+            refused.append(f"{name}={value!r}")
+    if refused:
+        raise NotImplementedError(
+            f"`generate` with {', '.join(sorted(refused))} does not go on from a prefilled dynamic cache row by row, "
+            "or is not shown exact. Leave it out (k completions come from num_generations), or use `model.generate`."
+        )
+
+
+def _pad_token_id(model, generate_kwargs) -> int:
+    defaults = generate_kwargs.get("generation_config") or model.generation_config
+    for name in ("pad_token_id", "eos_token_id"):
+        value = generate_kwargs.get(name, getattr(defaults, name))
+        if value is not None:
+            return value[0] if isinstance(value, list) else int(value)
+    return 0

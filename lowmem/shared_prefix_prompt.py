@@ -1,0 +1,265 @@
+"""One prompt shared by its completions: stage 1, 2 and 3 of `lowmem.shared_prefix`, for loops that need them apart.
+
+The obvious way to share a prompt, `use_cache=True` and k forwards through the cache, is exact without gradient
+checkpointing and silently wrong with it, and it needs all k graphs at once. Here a `Cache` that never changes carries
+the prompt's keys and values as leaves, which survives a replay and lets each branch's graph go before the next.
+
+Shapes: P prompt tokens, R tokens of the longest completion at hand, m branches of a micro-batch, V vocabulary,
+L layers, Hk key-value heads, D head size.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lowmem.shared_prefix_checks import refuse_inexact, refuse_inexact_lengths, transformers_model, weight_versions
+
+# (model, inputs, labels) -> log-probabilities (m, R) and entropies (m, R) or None. `inputs` go to the model's forward
+# as they are; `labels` (m, R) belong to the last R positions of `input_ids`, one to one, and are -100 on padding.
+BranchForward = Callable[[nn.Module, dict, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
+
+
+def score_logits(model, inputs, labels, *, temperature: float = 1.0, with_entropy: bool = False):
+    """`(logits / temperature).log_softmax(-1)` at the labels, from the model's own logits.
+
+    Keeps one (m, R, V) tile of logits, in float32 at least, and makes another in the backward. For other settings pass
+    `functools.partial(score_logits, temperature=0.9)` as `branch_forward`.
+    """
+    logits = model(**inputs, logits_to_keep=labels.shape[1]).logits
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    log_z = logits.logsumexp(-1)
+    logps = logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1) - log_z
+    if not with_entropy:
+        return logps, None
+    return logps, log_z - ((logits - log_z.unsqueeze(-1)).exp() * logits).sum(-1)
+
+
+def score_chunks(model, inputs, labels, *, temperature: float = 1.0, chunk_tokens: int = 32):
+    """What `score_logits` returns, entropies included, in tiles of (chunk_tokens, V).
+
+    Needs `lowmem.logprobs.add_logprob_head(model)` beforehand, whose `response_ids` are the last tokens of the row:
+    one token is appended to every branch, which nothing looks at.
+    """
+    ids, positions, targets = inputs["input_ids"], inputs["position_ids"], labels.clamp(min=0)
+    longer = {
+        **inputs,
+        "input_ids": torch.cat([ids, targets[:, -1:]], 1),
+        "position_ids": torch.cat([positions, positions[:, -1:] + 1], 1),
+    }
+    out = model(**longer, response_ids=targets, temperature=temperature, chunk_tokens=chunk_tokens)
+    return out.logps, out.entropy
+
+
+class _PromptLayer(CacheLayerMixin):
+    """Keeps a layer's first keys and values. `update` returns what it is given, so a checkpoint may replay it."""
+
+    is_sliding = False  # the model's masks carry the windows
+
+    def __init__(self):
+        super().__init__()
+        self.num_updates = 0
+
+    def lazy_initialization(self, key_states, value_states):
+        """Nothing to allocate."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if self.num_updates == 0:
+            self.keys, self.values = key_states, value_states
+        self.num_updates += 1
+        return key_states, value_states
+
+    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hands the tensors over: a checkpoint holds this layer, and they hold it (a leak if no backward comes)."""
+        pair = self.keys, self.values
+        self.keys = self.values = None
+        return pair
+
+    def get_mask_sizes(self, query_length):
+        return query_length, 0
+
+    def get_seq_length(self):
+        return 0
+
+    def get_max_length(self):
+        return -1
+
+
+class _BranchLayer(_PromptLayer):
+    """Puts the prompt's keys and values (1, Hk, P - 1, D) before those of every branch, and keeps nothing."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
+        super().__init__()
+        self.keys, self.values = keys, values
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        self.num_updates += 1
+        rows = key_states.shape[0]
+        keys = torch.cat([self.keys.expand(rows, -1, -1, -1), key_states], dim=-2)
+        values = torch.cat([self.values.expand(rows, -1, -1, -1), value_states], dim=-2)
+        return keys, values  # (m, Hk, P - 1 + R, D)
+
+    def get_mask_sizes(self, query_length):
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self):
+        return self.keys.shape[-2]
+
+
+@contextmanager
+def _cache_reaches_checkpointed_layers(model: nn.Module) -> Iterator[None]:
+    """transformers takes the cache away from checkpointed layers, because most caches change on a replay."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer._can_checkpoint_with_cache = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer._can_checkpoint_with_cache
+
+
+def _check_every_layer_used(cache: Cache) -> None:
+    counts = [layer.num_updates for layer in cache.layers]
+    if any(count != 1 for count in counts):
+        raise RuntimeError(
+            f"{counts.count(1)} of {len(counts)} layers used the cache exactly once (uses per layer: {counts}). The "
+            "prompt would be missing from the others: the model drops the cache (gradient checkpointing of a layer "
+            "class that is not a `GradientCheckpointingLayer`?) or shares it between layers. Leave the shared prefix "
+            "off for this model."
+        )
+
+
+class SharedPrompt:
+    """One group: the prompt runs at `with`, branches run inside, the prompt's backward runs at the end of the block.
+
+        with SharedPrompt(model, prompt_ids) as prompt:
+            for completions in micro_batches:
+                logps, entropies, mask = prompt.score(completions)
+                loss_fn(logps, mask).backward()  # adds up in the weights and in the prompt's keys and values
+
+    After the block, the gradients are those of k rows `[prompt, completion]`. Under `torch.no_grad()` nothing is kept
+    and `score` only scores. The block ends without a backward when an exception leaves it.
+
+    Args:
+        model: a transformers causal LM, also inside PEFT or DDP.
+        prompt_ids: (P,), int64.
+        prompt_backward: `(tensors, gradients)`, the last stage. The gradients contain every scaling that the losses
+            had: do not scale again.
+
+    Raises:
+        NotImplementedError: at `with`, if the result would not be exact; says why and what to do.
+        RuntimeError: if the prompt's part was lost or would be wrong: a layer without the cache, weights changed
+            inside the block, no backward inside the block, a backward after it.
+    """
+
+    def __init__(self, model: nn.Module, prompt_ids: torch.Tensor, *, prompt_backward=torch.autograd.backward):
+        self.model, self.prompt_ids, self.prompt_backward = model, prompt_ids, prompt_backward
+        self._is_open = [False]  # a list: hooks of the leaves see it without holding the leaves
+        self._roots: list[torch.Tensor] = []  # 2 L tensors (1, Hk, P - 1, D) with the prompt's graph; none if P = 1
+        self._leaves: list[torch.Tensor] = []
+
+    def __enter__(self) -> "SharedPrompt":
+        refuse_inexact(self.model)
+        self._with_grad = torch.is_grad_enabled()
+        self._weights = weight_versions(self.model)
+        if self.prompt_ids.shape[0] > 1:
+            self._roots = self._run_prompt()
+        self._leaves = [root.detach().requires_grad_(root.requires_grad) for root in self._roots]
+        is_open = self._is_open
+        is_open[0] = True
+
+        def refuse_late_gradient(grad):
+            if not is_open[0]:
+                raise RuntimeError("backward of a branch after its SharedPrompt was closed: the prompt's part is lost")
+
+        for leaf in self._leaves:
+            if leaf.requires_grad:
+                leaf.register_hook(refuse_late_gradient)
+        return self
+
+    def _run_prompt(self) -> list[torch.Tensor]:
+        ids = self.prompt_ids[None, :-1]  # (1, P - 1)
+        num_layers = transformers_model(self.model).config.get_text_config(decoder=True).num_hidden_layers
+        cache = Cache(layers=[_PromptLayer() for _ in range(num_layers)])
+        with _cache_reaches_checkpointed_layers(self.model):
+            self.model(  # through the outermost module, so that autocast and wrappers see it; no row of logits
+                input_ids=ids,
+                position_ids=torch.arange(ids.shape[1], device=ids.device)[None],
+                past_key_values=cache,
+                use_cache=False,
+                logits_to_keep=torch.empty(0, dtype=torch.long, device=ids.device),
+            )
+        _check_every_layer_used(cache)
+        pairs = [layer.take() for layer in cache.layers]
+        in_graph = [keys.requires_grad or values.requires_grad for keys, values in pairs]
+        if any(before and not after for before, after in zip(in_graph[:-1], in_graph[1:], strict=True)):
+            raise RuntimeError(f"keys and values lose their gradient between layers (by layer: {in_graph})")
+        return [tensor for pair in pairs for tensor in pair]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The lowest precision among the prompt's keys and values (with autocast, not that of the weights)."""
+        tensors = self._leaves or [next(self.model.parameters())]
+        return min((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize)
+
+    def score(
+        self, completions: Sequence[torch.Tensor], branch_forward: BranchForward = score_logits
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Log-probabilities, entropies (or None) and mask of m completions (R_i,) in one forward, each (m, R)."""
+        if not self._is_open[0]:
+            raise RuntimeError("SharedPrompt.score outside its `with` block")
+        if torch.is_grad_enabled() and not self._with_grad:
+            raise RuntimeError("the prompt ran under no_grad, so gradients through its branches would lack its part")
+        self._check_weights()
+        device = self.prompt_ids.device
+        num_prefix = self.prompt_ids.shape[0] - 1
+        lengths = torch.tensor([len(ids) for ids in completions], device=device)
+        mask = torch.arange(int(max(len(ids) for ids in completions)), device=device) < lengths[:, None]  # (m, R)
+        refuse_inexact_lengths(self.model, num_prefix, num_prefix + 1 + mask.shape[1])
+        labels = pad_sequence(list(completions), batch_first=True, padding_value=-100)
+        first = self.prompt_ids[-1:].expand(len(completions), 1)
+        inputs = {
+            "input_ids": torch.cat([first, labels[:, :-1].clamp(min=0)], 1),  # (m, R), padding is never looked at
+            "position_ids": (num_prefix + torch.arange(mask.shape[1], device=device)).expand_as(mask),
+            "use_cache": False,
+        }
+        if self._leaves:
+            pairs = zip(self._leaves[::2], self._leaves[1::2], strict=True)
+            inputs["past_key_values"] = Cache(layers=[_BranchLayer(*pair) for pair in pairs])
+        with _cache_reaches_checkpointed_layers(self.model):
+            logps, entropies = branch_forward(self.model, inputs, labels)
+        if self._leaves:
+            _check_every_layer_used(inputs["past_key_values"])
+        entropies = None if entropies is None else entropies.masked_fill(~mask, 0.0)
+        return logps.masked_fill(~mask, 0.0), entropies, mask
+
+    def _check_weights(self) -> None:
+        if weight_versions(self.model) != self._weights:
+            raise RuntimeError(
+                "weights changed inside a SharedPrompt block: its prompt ran with other weights than its branches. "
+                "Step the optimizer and switch adapters only after the block."
+            )
+
+    def __exit__(self, exc_type, exc, traceback) -> None:
+        roots, leaves = self._roots, self._leaves
+        self._roots, self._leaves, self._is_open[0] = [], [], False
+        if exc_type is not None or not self._with_grad:
+            return
+        self._check_weights()
+        parts = [(root, leaf.grad) for root, leaf in zip(roots, leaves, strict=True) if root.requires_grad]
+        missing = sum(grad is None for _, grad in parts)
+        if missing:
+            raise RuntimeError(
+                f"{missing} of {len(parts)} keys and values of the prompt received no gradient: call backward on the "
+                "loss of every branch inside the SharedPrompt block."
+            )
+        if parts:  # none with a one-token prompt, or when nothing before the last layer is trained
+            self.prompt_backward([root for root, _ in parts], [grad for _, grad in parts])

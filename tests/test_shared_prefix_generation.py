@@ -1,0 +1,151 @@
+"""Prompts prefilled once: the tokens of stock `generate` for the same seed."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from test_shared_prefix_models import MODELS, VOCAB_SIZE, WINDOW, make_model
+from transformers import GenerationConfig
+
+from lowmem.live_bytes import LiveBytes
+from lowmem.shared_prefix_generation import shared_prefix_generate
+
+NUM_GENERATIONS = 3
+NEW_TOKENS = 12
+
+
+def make_prompts(lengths=(9, 23, 1, 14)):
+    """Left-padded prompts (n, P) and their mask."""
+    generator = torch.Generator().manual_seed(4)
+    width = max(lengths)
+    ids, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        ids[row, width - length :] = torch.randint(3, VOCAB_SIZE, (length,), generator=generator)
+        mask[row, width - length :] = 1
+    return ids, mask
+
+
+def stock_generate(model, ids, mask, **options):
+    torch.manual_seed(0)
+    rows = {"input_ids": ids.repeat_interleave(NUM_GENERATIONS, 0)}
+    return model.generate(**rows, attention_mask=mask.repeat_interleave(NUM_GENERATIONS, 0), **options)
+
+
+def assert_same_tokens(model, ids, mask, **options):
+    options = {"max_new_tokens": NEW_TOKENS, **options}
+    stock = stock_generate(model, ids, mask, **options)
+    after_stock = torch.get_rng_state()
+    torch.manual_seed(0)
+    shared = shared_prefix_generate(model, ids, mask, NUM_GENERATIONS, **options)
+    assert torch.equal(shared, stock)
+    assert torch.equal(torch.get_rng_state(), after_stock)
+    return shared[:, ids.shape[1] :]
+
+
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("name", MODELS)
+def test_tokens_match_stock(name, do_sample):
+    model = make_model(name, torch.float32).eval()
+    ids, mask = make_prompts()
+    completions = assert_same_tokens(model, ids, mask, do_sample=do_sample)
+    if do_sample:  # greedy rows of random weights soon repeat one token
+        assert len(set(completions.flatten().tolist())) > 10
+        assert len({tuple(row) for row in completions.tolist()}) == len(completions)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mistral"])
+@pytest.mark.parametrize("lengths", [(23,), (8, 8), (1,), (1, 1), (WINDOW, WINDOW + 1)], ids=str)
+def test_tokens_match_stock_for_other_prompts(name, lengths):
+    assert_same_tokens(make_model(name, torch.float32).eval(), *make_prompts(lengths), do_sample=True)
+
+
+def test_tokens_match_stock_where_rows_end_early():
+    model = make_model("qwen3", torch.float32).eval()
+    ids, mask = make_prompts()
+    settings = GenerationConfig(do_sample=True, max_new_tokens=30, pad_token_id=0, eos_token_id=[2, 5, 7, 11, 13, 17])
+    completions = assert_same_tokens(model, ids, mask, generation_config=settings)
+    assert (completions[:, -1] == 0).any()
+
+
+def test_tokens_match_stock_with_lora_and_in_training_mode():
+    model = get_peft_model(
+        make_model("qwen3", torch.float32),
+        LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False),
+    )
+    assert_same_tokens(model.train(), *make_prompts(), do_sample=True)
+
+
+def test_rows_in_parts_give_the_greedy_tokens_and_one_width():
+    model = make_model("qwen3", torch.float32).eval()
+    ids, mask = make_prompts()
+    options = {"do_sample": False, "max_new_tokens": 30, "eos_token_id": [2, 5, 7, 11, 13, 17], "pad_token_id": 0}
+    stock = stock_generate(model, ids, mask, **options)
+    for max_rows in (1, 2, 5, 100):
+        parts = shared_prefix_generate(model, ids, mask, NUM_GENERATIONS, max_rows=max_rows, **options)
+        assert torch.equal(parts, stock)
+
+
+def test_the_prompt_is_prefilled_once_and_without_logits():
+    model = make_model("qwen3", torch.float32).eval()
+    ids, mask = make_prompts((40, 40))
+    seen = []
+    model.model.layers[0].register_forward_hook(lambda module, args, output: seen.append(args[0].shape[:2]))
+    shared_prefix_generate(model, ids, mask, NUM_GENERATIONS, max_new_tokens=2)
+    assert seen == [(2, 39), (2 * NUM_GENERATIONS, 1), (2 * NUM_GENERATIONS, 1)]
+
+
+def test_peak_memory_is_below_stock():
+    model = make_model("qwen3", torch.float32).eval()
+    ids, mask = make_prompts((120,))
+    peaks = []
+    for generate in (stock_generate, lambda *args, **kw: shared_prefix_generate(*args[:3], NUM_GENERATIONS, **kw)):
+        meter = LiveBytes()
+        with meter:
+            generate(model, ids, mask, max_new_tokens=2, do_sample=False)
+        peaks.append(meter.peak_bytes)
+    assert peaks[1] < 0.7 * peaks[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 2}, "num_beams=2"),
+        ({"num_return_sequences": 2}, "num_return_sequences=2"),
+        ({"generation_config": GenerationConfig(num_beams=4)}, "num_beams=4"),
+        ({"cache_implementation": "static"}, "static"),
+        ({"use_cache": False}, "use_cache=False"),
+        ({"return_dict_in_generate": True}, "return_dict_in_generate"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup"),
+        ({"assistant_model": object()}, "assistant_model"),
+        ({"inputs_embeds": torch.zeros(1, 1, 32)}, "inputs_embeds"),
+    ],
+    ids=str,
+)
+def test_refuses_settings_with_the_way_out(options, message):
+    model = make_model("qwen3", torch.float32).eval()
+    with pytest.raises(NotImplementedError, match=f"{message}.*Leave it out"):
+        shared_prefix_generate(model, *make_prompts(), NUM_GENERATIONS, **options)
+
+
+def test_refuses_models_that_are_not_exact():
+    checkpointed = make_model("qwen3", torch.float32)
+    checkpointed.activation_checkpointing_enable()
+    with pytest.raises(NotImplementedError, match="last token only"):
+        shared_prefix_generate(checkpointed, *make_prompts(), NUM_GENERATIONS)
+    dropped_out = make_model("qwen3", torch.float32, attention_dropout=0.1)
+    with pytest.raises(NotImplementedError, match="attention_dropout"):
+        shared_prefix_generate(dropped_out, *make_prompts(), NUM_GENERATIONS)
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    dynamic = make_model("llama", torch.float32, rope_parameters=rope, max_position_embeddings=20).eval()
+    with pytest.raises(NotImplementedError, match="longest position"):
+        shared_prefix_generate(dynamic, *make_prompts(), NUM_GENERATIONS)
+
+
+def test_refuses_prompts_that_are_not_left_padded():
+    model = make_model("qwen3", torch.float32).eval()
+    ids, mask = make_prompts()
+    with pytest.raises(ValueError, match="left"):
+        shared_prefix_generate(model, ids.flip(1), mask.flip(1), NUM_GENERATIONS)
+    with pytest.raises(ValueError, match="ids and mask"):
+        shared_prefix_generate(model, ids, mask[:, 1:], NUM_GENERATIONS)
+    with pytest.raises(ValueError, match="at least 1"):
+        shared_prefix_generate(model, ids, mask, 0)

@@ -1,0 +1,354 @@
+"""What the shared prefix refuses, and negative controls: break one thing on purpose and see it caught."""
+
+import contextlib
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from test_shared_prefix_models import (
+    Float64Everywhere,
+    Losses,
+    gradients,
+    make_groups,
+    make_model,
+    plain_scores,
+    worst_relative_error,
+)
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, T5Config, T5ForConditionalGeneration
+
+from lowmem import shared_prefix_prompt
+from lowmem.shared_prefix import (
+    SharedPrefixMismatch,
+    check_shared_prefix,
+    shared_prefix_backward,
+    shared_prefix_scores,
+)
+from lowmem.shared_prefix_checks import why_not_exact
+from lowmem.shared_prefix_prompt import SharedPrompt, score_logits
+
+
+def qwen3(**changes):
+    return make_model("qwen3", torch.float32, **changes)
+
+
+def with_lora(**options):
+    return get_peft_model(qwen3(), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **options))
+
+
+def with_neftune():
+    model = qwen3()
+    model.get_input_embeddings().neftune_noise_alpha = 5.0  # as transformers' Trainer marks it
+    return model
+
+
+def with_router_loss():
+    return make_model("qwen3-moe", torch.float32, output_router_logits=True)
+
+
+def with_shared_layers():
+    model = qwen3()
+    model.config.num_kv_shared_layers = 1
+    return model
+
+
+def with_reentrant_checkpointing():
+    model = qwen3()
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    return model
+
+
+def with_unknown_checkpointing():
+    model = qwen3()
+    model.activation_checkpointing_enable()
+    for layer in model.model.layers:
+        layer._gradient_checkpointing_func = lambda function, *args: function(*args)
+    return model
+
+
+def with_reentrant_wrapper():
+    model = qwen3()
+    model.model.layers[0] = checkpoint_wrapper(model.model.layers[0], checkpoint_impl=CheckpointImpl.REENTRANT)
+    return model
+
+
+def with_virtual_tokens():
+    return get_peft_model(qwen3(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+
+
+def encoder_decoder():
+    return T5ForConditionalGeneration(T5Config(vocab_size=61, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2))
+
+
+def multimodal():
+    text = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    return Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
+
+
+REFUSED = {
+    "attention dropout": (lambda: qwen3(attention_dropout=0.1), "attention_dropout = 0.1.*eval"),
+    "dropout modules": (lambda: make_model("phi3", torch.float32, resid_pdrop=0.2), "dropout.p = 0.2"),
+    "adapter dropout": (lambda: with_lora(lora_dropout=0.05).train(), "lora_dropout.*0.05"),
+    "embedding noise": (with_neftune, "neftune_noise_alpha = 5"),
+    "router jitter": (lambda: make_model("mixtral", torch.float32, router_jitter_noise=0.1), "jitter_noise = 0.1"),
+    "router loss": (with_router_loss, "output_router_logits = False"),
+    "mamba": (lambda: make_model("mamba", torch.float32, attn_implementation="eager"), "Conv1d"),
+    "linear attention": (lambda: make_model("qwen3_next", torch.float32), "linear_attention"),
+    "convolution": (lambda: make_model("lfm2", torch.float32, layer_types=["conv"] * 3), "conv"),
+    "recurrence": (lambda: make_model("rwkv", torch.float32, attn_implementation="eager"), "recurrent state"),
+    "hybrid": (lambda: make_model("jamba", torch.float32), "linear_attention"),
+    "indexed attention": (lambda: make_model("glm_moe_dsa", torch.float32), "indexed_attention"),
+    "shared layers": (with_shared_layers, "shares keys and values"),
+    "bidirectional": (lambda: make_model("bert", torch.float32), "bidirectional"),
+    "reentrant": (with_reentrant_checkpointing, "use_reentrant.: False"),
+    "unknown checkpointing": (with_unknown_checkpointing, "use_reentrant.: False"),
+    "reentrant wrapper": (with_reentrant_wrapper, "use_reentrant.: False"),
+    "compiled": (lambda: torch.compile(qwen3()), "uncompiled"),
+    "virtual tokens": (with_virtual_tokens, "virtual tokens"),
+    "encoder-decoder": (encoder_decoder, "decoder-only"),
+    "multimodal": (multimodal, "vision_config"),
+    "not a transformers model": (lambda: torch.nn.Linear(2, 2), "PreTrainedModel"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses_with_the_reason_and_the_way_out(case):
+    make, message = REFUSED[case]
+    model = make().train()
+    for call in (shared_prefix_backward, shared_prefix_scores):
+        arguments = [lambda scores: scores.logps.sum()] if call is shared_prefix_backward else []
+        with pytest.raises(NotImplementedError, match=message):
+            call(model, make_groups(), *arguments, self_check=False)
+
+
+def test_accepts_what_is_switched_off():
+    assert why_not_exact(qwen3(attention_dropout=0.1).eval()) == []
+    assert why_not_exact(with_reentrant_checkpointing().eval()) == []
+    assert why_not_exact(with_lora(lora_dropout=0.0).train()) == []
+    assert why_not_exact(make_model("qwen3-moe", torch.float32)) == []
+
+
+def rope(rope_type, **options):
+    return {"rope_type": rope_type, "rope_theta": 10000.0, **options}
+
+
+LONG = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "factor": 4.0}
+# RoPE of a model for 128 tokens; groups of 23 + 12 and 9 + 9 tokens
+EXACT_ROPE = {
+    "dynamic below": {"rope_parameters": rope("dynamic", factor=2.0)},
+    "longrope short": {"rope_parameters": rope("longrope", original_max_position_embeddings=35, **LONG)},
+    "longrope long": {"rope_parameters": rope("longrope", original_max_position_embeddings=7, **LONG)},
+    "yarn": {"rope_parameters": rope("yarn", factor=4.0, original_max_position_embeddings=16)},
+    "linear": {"rope_parameters": rope("linear", factor=4.0)},
+}
+INEXACT_ROPE = {
+    "dynamic across": {"rope_parameters": rope("dynamic", factor=2.0), "max_position_embeddings": 30},
+    "dynamic above": {"rope_parameters": rope("dynamic", factor=2.0), "max_position_embeddings": 7},
+    "longrope across": {"rope_parameters": rope("longrope", original_max_position_embeddings=30, **LONG)},
+}
+
+
+@pytest.mark.parametrize("case", EXACT_ROPE)
+def test_rope_that_treats_all_lengths_alike_is_exact(case):
+    model, groups = make_model("llama", **EXACT_ROPE[case]), make_groups()
+    with torch.no_grad(), Float64Everywhere():
+        scores = shared_prefix_scores(model, groups, self_check=False)
+        reference = plain_scores(model, groups)
+    torch.testing.assert_close(scores.logps, reference.logps, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", INEXACT_ROPE)
+def test_rope_that_depends_on_the_longest_position_is_refused_and_would_be_wrong(case, monkeypatch):
+    model, groups = make_model("llama", **INEXACT_ROPE[case]), make_groups()
+    with pytest.raises(NotImplementedError, match="longest position"):
+        shared_prefix_scores(model, groups)
+    monkeypatch.setattr(shared_prefix_prompt, "refuse_inexact_lengths", lambda *args: None)
+    with pytest.raises(SharedPrefixMismatch, match="logp_error_max"):
+        check_shared_prefix(model, groups[0], gradients=False)
+
+
+def forget_positions(model, inputs, labels):
+    if "past_key_values" in inputs:
+        inputs = {**inputs, "position_ids": inputs["position_ids"] - inputs["position_ids"][:, :1]}
+    return score_logits(model, inputs, labels)
+
+
+def forget_the_prompt(model, inputs, labels):
+    return score_logits(model, {k: v for k, v in inputs.items() if k != "past_key_values"}, labels)
+
+
+def test_self_check_catches_forgotten_positions_before_anything_is_trained():
+    model = qwen3()
+    with pytest.raises(SharedPrefixMismatch, match="logp_error_max exceeds"):
+        shared_prefix_backward(model, make_groups(), lambda s: s.logps.sum(), branch_forward=forget_positions)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_self_check_catches_a_lost_prompt_gradient(monkeypatch):
+    monkeypatch.setattr(SharedPrompt, "__exit__", lambda *args: None)
+    with pytest.raises(SharedPrefixMismatch, match="grad_error exceeds"):
+        check_shared_prefix(qwen3(), make_groups()[0])
+
+
+def test_self_check_runs_once_per_model_and_mode(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "lowmem.shared_prefix.check_shared_prefix", lambda model, group, **kwargs: calls.append(kwargs["gradients"])
+    )
+    model, groups = qwen3(), make_groups()
+    for _ in range(2):
+        shared_prefix_scores(model, groups)
+        shared_prefix_backward(model, groups, lambda s: s.logps.sum())
+    assert calls == [False, True]
+    model.activation_checkpointing_enable()
+    shared_prefix_backward(model, groups, lambda s: s.logps.sum())
+    shared_prefix_backward(model, groups, lambda s: s.logps.sum(), self_check=False)
+    assert calls == [False, True, True]
+
+
+def test_a_branch_that_drops_the_cache_is_caught():
+    with pytest.raises(RuntimeError, match="0 of 3 layers used the cache"):
+        shared_prefix_scores(qwen3(), make_groups(), branch_forward=forget_the_prompt, self_check=False)
+
+
+def test_a_cache_stripped_under_checkpointing_is_caught(monkeypatch):
+    model = qwen3()
+    model.activation_checkpointing_enable()
+    monkeypatch.setattr(
+        shared_prefix_prompt, "_cache_reaches_checkpointed_layers", lambda model: contextlib.nullcontext()
+    )
+    with pytest.raises(RuntimeError, match="0 of 3 layers used the cache"):
+        shared_prefix_scores(model, make_groups(), self_check=False)
+
+
+def test_a_model_that_strips_the_cache_in_its_own_way_is_caught():
+    model = make_model("gpt2", torch.float32, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+    shared_prefix_backward(model, make_groups(), lambda s: s.logps.sum())
+    model.activation_checkpointing_enable()
+    with pytest.raises(RuntimeError, match="0 of 3 layers used the cache"):
+        shared_prefix_backward(model, make_groups(), lambda s: s.logps.sum())
+
+
+def test_checkpointed_layers_are_left_as_they_were():
+    model = qwen3()
+    model.activation_checkpointing_enable()
+    shared_prefix_backward(model, make_groups(), lambda s: s.logps.sum())
+    assert all("_can_checkpoint_with_cache" not in vars(layer) for layer in model.model.layers)
+
+
+def run_with_a_changed_weight(model, group):
+    with SharedPrompt(model, group.prompt_ids) as prompt:
+        logps, _, _ = prompt.score(group.completions)
+        logps.sum().backward()
+        with torch.no_grad():
+            model.model.layers[0].mlp.gate_proj.weight.mul_(1.5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_a_weight_changed_between_the_stages_is_caught(checkpointing):
+    model, group = qwen3(), make_groups()[0]
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    with pytest.raises(RuntimeError, match="weights changed"):
+        run_with_a_changed_weight(model, group)
+
+
+def test_without_the_check_a_changed_weight_is_silently_wrong_under_checkpointing(monkeypatch):
+    model, group = qwen3(), make_groups()[0]
+    model.activation_checkpointing_enable()
+    plain_scores(model, [group]).logps.sum().backward()
+    reference = gradients(model)
+    monkeypatch.setattr(SharedPrompt, "_check_weights", lambda self: None)
+    run_with_a_changed_weight(model, group)
+    assert worst_relative_error(gradients(model), reference) > 0.1
+
+
+def test_an_adapter_switched_off_between_the_stages_is_caught():
+    model, group = with_lora(lora_dropout=0.0), make_groups()[0]
+    with pytest.raises(RuntimeError, match="weights changed"), SharedPrompt(model, group.prompt_ids) as prompt:
+        with model.disable_adapter():
+            prompt.score(group.completions)
+
+
+def test_without_the_last_stage_the_gradient_is_wrong():
+    model, groups = qwen3(), make_groups()
+    loss_fn = Losses(model, groups).pg
+    loss_fn(plain_scores(model, groups)).backward()
+    reference = gradients(model)
+    options = {"prompt_backward": lambda tensors, grads: None, "self_check": False}
+    _, scores = shared_prefix_backward(model, groups, loss_fn, **options)
+    assert worst_relative_error(gradients(model), reference) > 0.5  # though every log-probability is right
+    torch.testing.assert_close(scores.logps, plain_scores(model, groups).logps, rtol=0, atol=1e-5)
+
+
+def test_a_block_without_a_backward_is_caught():
+    model, group = qwen3(), make_groups()[0]
+    with pytest.raises(RuntimeError, match="6 of 6 keys and values of the prompt received no gradient"):
+        with SharedPrompt(model, group.prompt_ids) as prompt:
+            prompt.score(group.completions)
+
+
+def test_a_backward_after_the_block_is_caught():
+    model, group = qwen3(), make_groups()[0]
+    with SharedPrompt(model, group.prompt_ids) as prompt:
+        first, _, _ = prompt.score(group.completions[:1])
+        late, _, _ = prompt.score(group.completions[1:])
+        first.sum().backward()
+    with pytest.raises(RuntimeError, match="after its SharedPrompt was closed"):
+        late.sum().backward()
+    with pytest.raises(RuntimeError, match="outside its `with` block"):
+        prompt.score(group.completions)
+
+
+def test_an_exception_inside_the_block_skips_the_last_stage():
+    model, group, stages = qwen3(), make_groups()[0], []
+    with pytest.raises(KeyError):
+        with SharedPrompt(model, group.prompt_ids, prompt_backward=lambda *args: stages.append(args)) as prompt:
+            prompt.score(group.completions)[0].sum().backward()
+            raise KeyError
+    assert stages == []
+
+
+def test_gradients_through_a_prompt_without_a_graph_are_caught():
+    model, group = qwen3(), make_groups()[0]
+    with torch.no_grad(), SharedPrompt(model, group.prompt_ids) as prompt:
+        prompt.score(group.completions)
+        with torch.enable_grad(), pytest.raises(RuntimeError, match="no_grad"):
+            prompt.score(group.completions)
+
+
+def test_a_gradient_lost_between_layers_is_caught():
+    model, group = qwen3(), make_groups()[0]
+    model.requires_grad_(False)
+    model.model.layers[0].requires_grad_(True)
+    model.model.layers[0].register_forward_hook(lambda module, args, output: output.detach())
+    with pytest.raises(RuntimeError, match="lose their gradient between layers"):
+        with SharedPrompt(model, group.prompt_ids):
+            pass
+
+
+@pytest.mark.parametrize(
+    "loss_fn", [lambda s: s.logps.detach().sum(), lambda s: s.logps.sum(-1)], ids=["detached", "not a scalar"]
+)
+def test_a_loss_without_a_gradient_or_of_several_values_is_refused(loss_fn):
+    with pytest.raises(ValueError, match="loss_fn returned a tensor"):
+        shared_prefix_backward(qwen3(), make_groups(), loss_fn)
+
+
+def test_a_loss_that_divides_by_what_is_in_front_of_it_depends_on_the_micro_batches():
+    model, groups = qwen3(), make_groups()
+    losses = [
+        shared_prefix_backward(model, groups, lambda s: s.logps.mean(), max_branches=m, self_check=False)[0]
+        for m in (1, 2)
+    ]
+    assert (losses[0] - losses[1]).abs() > 0.1  # why the docstring asks for constants
+
+
+def test_autocast_is_seen_by_prompt_and_branches():
+    model, groups = qwen3(), make_groups()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        figures = check_shared_prefix(model, groups[0])
+    assert 1e-4 < figures["logp_error_mean"] < 0.01  # bfloat16 was used, and by both alike
+    assert 1e-4 < figures["grad_error"] < 0.1
