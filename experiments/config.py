@@ -31,7 +31,9 @@ class ExperimentConfig:
     model_seed: int = _setting(0, "seed of the built model's weights")
     dtype: str = _setting("float32", "float32, bfloat16 or float64: type of the weights")
 
-    dataset: Optional[str] = _setting(None, "hub name or .json/.jsonl/.parquet with a column 'prompt'; default: built in")
+    lora_rank: int = _setting(0, "rank of LoRA adapters on all linear layers but the head; 0 trains all weights")
+
+    dataset: Optional[str] = _setting(None, "hub name, or .json(l)/.parquet with a column 'prompt'; default: built in")
     dataset_split: str = _setting("train", "split of a hub data set")
     prompt_tokens: int = _setting(512, "tokens of every built-in prompt")
     prompt_tokens_min: Optional[int] = _setting(None, "shortest built-in prompt, for ragged batches")
@@ -67,8 +69,8 @@ class ExperimentConfig:
             self.rows_per_micro_batch < 1 or self.rows_per_step % self.rows_per_micro_batch
         ):
             raise ValueError(
-                f"rows_per_micro_batch is {self.rows_per_micro_batch}; it must divide the {self.rows_per_step} rows of "
-                f"a step (rloo_k {self.rloo_k} x prompts_per_step {self.prompts_per_step})"
+                f"rows_per_micro_batch is {self.rows_per_micro_batch}; it must divide the {self.rows_per_step} rows "
+                f"of a step (rloo_k {self.rloo_k} x prompts_per_step {self.prompts_per_step})"
             )
         if self.dtype not in ("float32", "bfloat16", "float64"):
             raise ValueError(f"dtype is {self.dtype!r}; known: float32, bfloat16, float64")
@@ -79,7 +81,7 @@ class ExperimentConfig:
         if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}; it must be positive")
         if self.dataset is not None and self.prompt_tokens_min is not None:
-            warnings.warn("prompt_tokens_min has no effect with a data set: its prompts are taken as they are")
+            warnings.warn("prompt_tokens_min has no effect with a data set: prompts stay as they are", stacklevel=2)
 
     @property
     def rows_per_step(self) -> int:

@@ -17,7 +17,14 @@ from pathlib import Path
 
 from datasets import Dataset, load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    set_seed,
+)
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 TOKENIZER_VOCABULARY = 8192

@@ -5,11 +5,11 @@ import time
 from collections import defaultdict
 
 import torch
-from memory_monitor import mark_phase
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from transformers import TrainerCallback
 
 from lowmem.live_bytes import LiveBytes
+from memory_samples import mark_phase
 
 PHASES = ("generate", "score", "train_forward", "train_backward", "optimizer", "other")
 
@@ -98,7 +98,9 @@ class RunWatch(TrainerCallback):
             self.completions += sequences[:, input_ids.shape[1] :].tolist()
 
 
-def check_prompts(seen: list[list[int]], expected: list[list[int]], rows_per_step: int, rloo_k: int, tiled: bool) -> dict:
+def check_prompts(
+    seen: list[list[int]], expected: list[list[int]], rows_per_step: int, rloo_k: int, tiled: bool
+) -> dict:
     """Compares the prompts that the model was given with the data set's.
 
     Args:

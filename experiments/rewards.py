@@ -30,7 +30,9 @@ def load_reward(name: str) -> Reward:
         module = importlib.import_module(module_name) if module_name else importlib.import_module(__name__)
         function = getattr(module, function_name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"unknown reward {name!r} ({error}); give a name of experiments/rewards.py or module:name")
+        raise ValueError(
+            f"unknown reward {name!r} ({error}); give a name of experiments/rewards.py or module:name"
+        ) from error
 
     def checked(completions: list[str]) -> list[float]:
         values = function(completions)

@@ -2,8 +2,8 @@
 
     python experiments/run_matrix.py --variants baseline string-level --k 2 4 8 --workload cpu
 
-Options that this program does not know go to experiments/train.py (`--steps 5`, `--budget_gib 12`, ...). A run counts as
-done when its record is whole, ended ok or out of memory, and was made with the same settings on the same fork tree.
+Options that this program does not know go to experiments/train.py (`--steps 5`, `--budget_gib 12`, ...). A run counts
+as done when its record is whole, ended ok or out of memory, and was made with the same settings on the same fork tree.
 """
 
 import argparse
@@ -66,7 +66,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--variants", nargs="+", required=True, help=f"of {', '.join(variants.VARIANTS)}, string-level@N")
+    parser.add_argument(
+        "--variants", nargs="+", required=True, help=f"of {', '.join(variants.VARIANTS)}, string-level@N"
+    )
     parser.add_argument("--k", nargs="+", type=int, default=[2, 4, 8], help="values of rloo_k; default 2 4 8")
     parser.add_argument("--workload", help="a file of experiments/configs; default cpu, or published_32gb on a GPU")
     parser.add_argument("--runs", default="results/runs/local", help="folder of the records")

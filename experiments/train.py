@@ -24,9 +24,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import variants  # noqa: E402  (the tree has to be chosen before anything imports TRL)
 from config import GIB, ExperimentConfig  # noqa: E402
-
-OOM_SIGNS = ("can't allocate memory", "Cannot allocate memory", "out of memory", "bad allocation", "could not create a memory")
-EXIT_STATUS = {"ok": 0, "error": 1, "oom": 3}
+from memory_samples import write_atomically  # noqa: E402
+from run_outcome import EXIT_CODES, OUT_OF_MEMORY, SUMMARY_KEYS  # noqa: E402
 
 
 def parse_config(argv: list[str]):
@@ -65,14 +64,16 @@ def set_budget(config: ExperimentConfig, parameters: int) -> None:
     if needed > budget:
         raise ValueError(
             f"budget_gib is {config.budget_gib}, but the model's {parameters:,} parameters need "
-            f"{needed / GIB:.2f} GiB for weights, reference, gradients and optimizer alone. Raise the budget or take a "
-            "smaller model."
+            f"{needed / GIB:.2f} GiB for weights, reference, gradients and optimizer alone. Raise the budget or take "
+            "a smaller model."
         )
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total))
     else:
-        resource.setrlimit(resource.RLIMIT_DATA, (budget, budget))
+        # The limit counts address space; what is reserved and never touched (thread stacks, heap arenas) is added.
+        reserved = (status_kib("VmData") - status_kib("VmRSS")) * 1024
+        resource.setrlimit(resource.RLIMIT_DATA, (budget + max(reserved, 0), resource.RLIM_INFINITY))
 
 
 def environment(stage) -> dict:
@@ -118,32 +119,27 @@ def status_kib(field: str) -> int:
 def write_record(path: Path, record: dict) -> None:
     """Atomic: a reader sees the whole record or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(tmp, "w") as file:
-        json.dump(record, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(tmp, path)
+    write_atomically(path, json.dumps(record, indent=1) + "\n")
 
 
 def train(config: ExperimentConfig, stage, record: dict) -> None:
     """Runs the training and fills `record`; raises what the training raises."""
     import torch
-    from data import load_prompts, load_tokenizer, model_config
-    from instrument import RunWatch, check_prompts
     from transformers import AutoModelForCausalLM, logging
 
+    from data import load_prompts, load_tokenizer, model_config
+    from instrument import RunWatch, check_prompts
     from lowmem.live_bytes import LiveBytes
 
     logging.set_verbosity_error()
     tokenizer = load_tokenizer(config)
     with torch.device("meta"):
         shape = AutoModelForCausalLM.from_config(model_config(config, tokenizer))
-    set_budget(config, sum(p.numel() for p in shape.parameters()))
     prompts = load_prompts(config, tokenizer)
 
     from trainers import build_trainer
+
+    set_budget(config, sum(p.numel() for p in shape.parameters()))
 
     meter = LiveBytes() if config.count_live_bytes else None
     watch = RunWatch(config.steps, meter)
@@ -223,38 +219,26 @@ def main(argv: list[str]) -> int:
         "started_at": started.isoformat(timespec="seconds"),
         "wall_s": None,
         "tokens": None,
-        "summary": {
-            key: None
-            for key in (
-                "live_peak_bytes live_peak_phase live_peak_bytes_by_phase rss_peak_bytes rss_start_bytes "
-                "cuda_peak_allocated_bytes cuda_peak_reserved_bytes nvml_peak_bytes step_time_s step_time_median_s "
-                "phase_time_s metrics"
-            ).split()
-        },
+        "summary": dict.fromkeys(SUMMARY_KEYS),
     }
     try:
         train(config, stage, record)
     except Exception as error:  # the outcome is recorded, whatever it is
         lift_budget()
         text = f"{type(error).__name__}: {error}"
-        is_oom = isinstance(error, MemoryError) or any(sign in text for sign in OOM_SIGNS)
-        record["status"] = "oom" if is_oom else "error"
+        record["status"] = "oom" if OUT_OF_MEMORY.search(text) else "error"
         record["error"] = " ".join(text.split())[:1000]
         traceback.print_exc()
         print(f"train.py: {record['error']}", file=sys.stderr)
     record["wall_s"] = time.perf_counter() - start
     write_record(path, record)
     print(f"train.py: {record['status']}, record in {path}")
-    return EXIT_STATUS[record["status"]]
+    return EXIT_CODES[record["status"]]
 
 
 def lift_budget() -> None:
     """Room to write the record after an out-of-memory."""
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    try:
-        resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    except (ValueError, OSError):  # not allowed to raise a hard limit: go on with what is free again
-        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+    resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 if __name__ == "__main__":

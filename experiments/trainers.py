@@ -4,14 +4,21 @@ import copy
 import tempfile
 
 import torch
+from transformers import AutoModelForCausalLM, set_seed
+
 from config import ExperimentConfig
 from data import as_dataset, model_path
 from rewards import load_reward
-from transformers import AutoModelForCausalLM, set_seed
 
 
 def load_policy(config: ExperimentConfig, tokenizer):
     return AutoModelForCausalLM.from_pretrained(model_path(config, tokenizer), dtype=getattr(torch, config.dtype))
+
+
+def lora_config(config: ExperimentConfig):
+    from peft import LoraConfig
+
+    return LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear")
 
 
 def training_arguments(config: ExperimentConfig) -> dict:
@@ -48,6 +55,12 @@ def build_v020(config: ExperimentConfig, tokenizer, prompts: list[str], stage_na
 
     policy = load_policy(config, tokenizer)
     ref_policy = copy.deepcopy(policy)
+    if config.gradient_checkpointing:  # this trainer does not enable it by itself
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.lora_rank:
+        from peft import get_peft_model
+
+        policy = get_peft_model(policy, lora_config(config))
     args = training_arguments(config) | dict(
         rloo_k=config.rloo_k,
         response_length=config.response_tokens,
@@ -61,8 +74,6 @@ def build_v020(config: ExperimentConfig, tokenizer, prompts: list[str], stage_na
         args["logprob_chunk_size"] = config.logprob_chunk_tokens
     if stage >= 5:
         args["forward_batch_size"] = config.rows_per_forward
-    if config.gradient_checkpointing:  # this trainer does not enable it by itself
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     dataset = as_dataset(prompts, tokenizer, as_text=stage >= 1)
     trainer = RLOOTrainer(
         config=RLOOConfig(**args),
@@ -97,9 +108,10 @@ def build_v116(config: ExperimentConfig, tokenizer, prompts: list[str], stage_na
         args=args,
         train_dataset=as_dataset(prompts, tokenizer, as_text=True),
         processing_class=tokenizer,
+        peft_config=lora_config(config) if config.lora_rank else None,
         callbacks=callbacks,
     )
-    return trainer, policy, trainer.ref_model
+    return trainer, trainer.model, trainer.ref_model  # with adapters, the trainer wraps the model
 
 
 def build_trainer(config: ExperimentConfig, stage, tokenizer, prompts: list[str], callbacks: list):

@@ -31,8 +31,8 @@ def load_fork():
 
 
 def split_variant(variant: str) -> tuple[str, str]:
-    """`(pin, stage name)` of a variant. `string-level@3` is the series up to its third patch, `upstream-mb1` the variant
-    with one row per micro-batch.
+    """`(pin, stage name)` of a variant. `string-level@3` is the series up to its third patch, `upstream-mb1` the
+    variant with one row per micro-batch.
 
     Raises:
         ValueError: if the name is unknown.
@@ -40,8 +40,8 @@ def split_variant(variant: str) -> tuple[str, str]:
     name, at, stage = variant.removesuffix(ONE_ROW).partition("@")
     if name not in VARIANTS or (at and not stage.isdigit()):
         raise ValueError(
-            f"unknown variant {variant!r}; known: {', '.join(VARIANTS)}, string-level@N for the first N patches, and any "
-            f"of them with {ONE_ROW} for one row per micro-batch"
+            f"unknown variant {variant!r}; known: {', '.join(VARIANTS)}, string-level@N for the first N patches, and "
+            f"any of them with {ONE_ROW} for one row per micro-batch"
         )
     pin, tip = VARIANTS[name]
     return pin, stage or tip

@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 
 
 def _tile(hidden, weight, bias, temperature, softcap, logit_scale):
-    """Scaled logits of one chunk in at least float32, and tanh of the soft cap where there is one. (c, V)"""
+    """Scaled logits (c, V) of one chunk in at least float32, and tanh of the soft cap where there is one."""
     logits = hidden @ weight.t()
     if bias is not None:
         logits += bias
@@ -46,7 +46,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
         log_z, entropy = torch.empty_like(logps), torch.empty_like(logps)
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            logits, _ = _tile(hidden[rows].to(compute_dtype), cast_weight, cast_bias, temperature, softcap, logit_scale)
+            logits, _ = _tile(
+                hidden[rows].to(compute_dtype), cast_weight, cast_bias, temperature, softcap, logit_scale
+            )
             largest = logits.amax(-1)
             exp = (logits - largest.unsqueeze(-1)).exp_()
             total = exp.sum(-1)
@@ -209,8 +211,8 @@ def add_logprob_head(model: nn.Module) -> None:
         head = self.get_output_embeddings()
         if type(head) is not nn.Linear or hasattr(head.weight, "ds_id") or hasattr(head.weight, "full_tensor"):
             raise ValueError(
-                f"the LM head became {type(head).__name__} with a {type(head.weight).__name__}; chunked log-probabilities "
-                "need the whole weight of a plain linear layer (no adapter on it, no parameter sharding)."
+                f"the LM head became {type(head).__name__} with a {type(head.weight).__name__}; chunked "
+                "log-probabilities need the whole weight of a plain linear layer (no adapter on it, no parameter sharding)."
             )
         num_tokens = response_ids.shape[1]
         hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
@@ -251,6 +253,6 @@ def _verify_logprob_head(model: nn.Module) -> None:
     worst = (plain - ours).abs().max().item()
     if not worst <= tolerance:
         raise ValueError(
-            f"{type(model).__name__} changes its logits in a way that is not known here: log-probabilities computed in "
-            f"chunks are off by {worst:.3g}. Leave the chunk size unset for this model."
+            f"{type(model).__name__} changes its logits in a way that is not known here: log-probabilities computed "
+            f"in chunks are off by {worst:.3g}. Leave the chunk size unset for this model."
         )

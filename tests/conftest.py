@@ -16,9 +16,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments"), str(ROOT / "visualization"
 def probe_model(tmp_path_factory) -> Path:
     """A small Qwen3 with its tokenizer in which the end-of-sequence token is often likely, so that responses are
     ragged."""
+    from transformers import AutoModelForCausalLM
+
     from config import ExperimentConfig
     from data import load_tokenizer, model_path
-    from transformers import AutoModelForCausalLM
 
     shape = ExperimentConfig(
         vocab_size=0, hidden_size=32, intermediate_size=48, head_dim=8, max_position_embeddings=512, model_seed=1

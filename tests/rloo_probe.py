@@ -16,7 +16,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent / "experiments"), str(Path(__file__).resolve().parent.parent)]
+sys.path[:0] = [
+    str(Path(__file__).resolve().parent.parent / "experiments"),
+    str(Path(__file__).resolve().parent.parent),
+]
 
 import train as experiment  # noqa: E402
 
@@ -25,9 +28,10 @@ FRAME_TENSORS = ("query_responses", "logprobs", "ref_logprobs", "advantages", "p
 
 def probe(out: str, extra: dict, argv: list[str]) -> None:
     config, stage = experiment.parse_config(argv)
+    from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
     import trainers
     from data import load_prompts, load_tokenizer
-    from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
     plain_arguments = trainers.training_arguments
     trainers.training_arguments = lambda c: plain_arguments(c) | extra

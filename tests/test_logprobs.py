@@ -117,7 +117,9 @@ def test_head_matches_plain_logits(name):
     (expected * weights).sum().backward()
     (found * weights).sum().backward()
     for (key, ours), (_, theirs) in zip(model.named_parameters(), reference.named_parameters()):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=tolerance, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            ours.grad, theirs.grad, rtol=0, atol=tolerance, msg=lambda m, key=key: f"{key}: {m}"
+        )
 
 
 def test_without_response_ids_the_model_is_untouched():

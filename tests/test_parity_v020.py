@@ -66,6 +66,8 @@ def test_patch_matches_upstream_in_float32(run_probe, stage):
     "change",
     [
         {"gradient_checkpointing": True},
+        {"lora_rank": 4, "learning_rate": 3e-3},
+        {"lora_rank": 4, "learning_rate": 3e-3, "gradient_checkpointing": True},
         {"rloo_k": 2, "prompts_per_step": 3},
         {"rloo_k": 6, "prompts_per_step": 1},
         {"rows_per_forward": 1, "logprob_chunk_tokens": 1},

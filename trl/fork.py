@@ -273,7 +273,9 @@ def check(pin: str, log=print) -> None:
             raise ForkError(f"{pin}: export gives the files {names}, the series lists {[p.name for p in stored]}")
         for path in stored:
             if (Path(tmp) / "exported" / path.name).read_bytes() != path.read_bytes():
-                raise ForkError(f"{pin}: {path.name} is not what export writes. Run `python trl/fork.py export {pin}`.")
+                raise ForkError(
+                    f"{pin}: {path.name} is not what export writes. Run `python trl/fork.py export {pin}`."
+                )
         again = make_repository(
             pin, Path(tmp) / "second", [Path(tmp) / "exported" / n for n in names], log=lambda _: None
         )

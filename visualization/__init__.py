@@ -1,0 +1,1 @@
+"""Recorded runs -> tables and charts. Reads results/ and nothing else."""
