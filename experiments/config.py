@@ -21,6 +21,7 @@ class ExperimentConfig:
 
     model: Optional[str] = _setting(None, "hub name or local folder; default: a Qwen3 of the shape below, built here")
     vocab_size: int = _setting(151_936, "vocabulary of the built model; 0 = as many as its tokenizer has")
+    tokenizer_vocab_size: int = _setting(8192, "tokens of the built-in tokenizer, at least 258")
     hidden_size: int = _setting(8, "of the built model")
     intermediate_size: int = _setting(32, "of the built model")
     num_hidden_layers: int = _setting(2, "of the built model")

@@ -27,7 +27,6 @@ from transformers import (
 )
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
-TOKENIZER_VOCABULARY = 8192
 
 
 def python_reference() -> str:
@@ -52,7 +51,7 @@ def cached_folder(name: str, key: dict, make) -> Path:
     return folder
 
 
-def default_tokenizer_folder() -> Path:
+def default_tokenizer_folder(vocab_size: int) -> Path:
     text = python_reference()
 
     def make(folder: Path) -> None:
@@ -60,7 +59,7 @@ def default_tokenizer_folder() -> Path:
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=TOKENIZER_VOCABULARY,
+            vocab_size=vocab_size,
             special_tokens=["<|pad|>", "<|endoftext|>"],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
@@ -70,11 +69,13 @@ def default_tokenizer_folder() -> Path:
             tokenizer_object=bpe, pad_token="<|pad|>", eos_token="<|endoftext|>", padding_side="left"
         ).save_pretrained(folder)
 
-    return cached_folder("tokenizer", {"text": hashlib.sha256(text.encode()).hexdigest()}, make)
+    return cached_folder("tokenizer", {"text": hashlib.sha256(text.encode()).hexdigest(), "size": vocab_size}, make)
 
 
 def load_tokenizer(config):
-    tokenizer = AutoTokenizer.from_pretrained(config.model or default_tokenizer_folder(), padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(
+        config.model or default_tokenizer_folder(config.tokenizer_vocab_size), padding_side="left"
+    )
     if tokenizer.pad_token_id is None:
         raise ValueError(f"the tokenizer of {config.model} has no padding token; choose a model that has one")
     return tokenizer

@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+import yaml
+
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
@@ -43,7 +45,7 @@ def workload_path(name: str) -> Path:
     return path
 
 
-def unfinished_reason(path: Path, command: list[str], commit: str) -> str | None:
+def unfinished_reason(path: Path, command: list[str], workload: dict, commit: str) -> str | None:
     """Why the run of `path` has to be made, or None if it is done."""
     if not path.exists():
         return "missing"
@@ -55,7 +57,10 @@ def unfinished_reason(path: Path, command: list[str], commit: str) -> str | None
     measured = bool((record.get("summary") or {}).get("step_time_s"))
     if record.get("status") not in DONE and not (measured and record["env"]["tree"]["stage"] == "as-published"):
         return f"ended as {record.get('status')}"
-    if record["command"][1:] != command[1:]:
+    config = record["config"] or {}
+    overridden = {word.removeprefix("--").partition("=")[0] for word in command if word.startswith("--")}
+    changed = [key for key, value in workload.items() if key not in overridden and config.get(key) != value]
+    if record["command"][1:] != command[1:] or changed:
         return "its settings were others"
     if record["env"]["tree"]["commit"] != commit:
         return "it was made with another fork tree"
@@ -79,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         workload = args.workload or default_workload()
         config = workload_path(workload)
+        workload_settings = yaml.safe_load(config.read_text())
         commits = {variant: variants.tree_of(variant).commit for variant in args.variants}
     except (ValueError, variants.load_fork().ForkError) as error:
         print(f"run_matrix.py: {error}", file=sys.stderr)
@@ -94,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         options += ["--record", str(path), *train_options]
         command = [sys.executable, "experiments/train.py", *options]
         label = f"[{number}/{len(settings)}] {workload}/{name}"
-        reason = "--force" if args.force else unfinished_reason(path, command, commits[variant])
+        reason = "--force" if args.force else unfinished_reason(path, command, workload_settings, commits[variant])
         if reason is None:
             print(f"{label}: done before", flush=True)
             continue
@@ -103,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         record = run_monitored(
             command, path, timeline, timeout_s=args.timeout, label=f"{workload}/{name}", env=dict(os.environ) | MALLOC
         )
-        if unfinished_reason(path, command, commits[variant]) is not None:
+        if unfinished_reason(path, command, workload_settings, commits[variant]) is not None:
             failed.append(f"{workload}/{name}: {record['status']}: {record['error']}")
     print(f"{len(settings)} settings, {len(failed)} failed, {time.monotonic() - start:.0f} s")
     for line in failed:

@@ -212,7 +212,7 @@ def add_logprob_head(model: nn.Module) -> None:
         if type(head) is not nn.Linear or hasattr(head.weight, "ds_id") or hasattr(head.weight, "full_tensor"):
             raise ValueError(
                 f"the LM head became {type(head).__name__} with a {type(head.weight).__name__}; chunked "
-                "log-probabilities need the whole weight of a plain linear layer (no adapter on it, no parameter sharding)."
+                "log-probabilities need the whole weight of a plain linear layer: no adapter on it, no sharding."
             )
         num_tokens = response_ids.shape[1]
         hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state

@@ -258,21 +258,28 @@ def test_finished_runs_are_skipped_and_others_are_made_again(tmp_path):
     commit = variants.tree_of("baseline").commit
     command = ["python", "experiments/train.py", "--variant", "baseline"]
     path = tmp_path / "a.json"
-    record = {"status": "ok", "command": command, "env": {"tree": {"commit": commit, "stage": "0"}}, "summary": {}}
+    record = {
+        "status": "ok",
+        "command": command,
+        "config": {"steps": 3},
+        "env": {"tree": {"commit": commit, "stage": "0"}},
+        "summary": {},
+    }
 
     def reason(**change):
         path.write_text(json.dumps(record | change))
-        return run_matrix.unfinished_reason(path, command, commit)
+        return run_matrix.unfinished_reason(path, command, {"steps": 3}, commit)
 
-    assert run_matrix.unfinished_reason(path, command, commit) == "missing"
+    assert run_matrix.unfinished_reason(path, command, {"steps": 3}, commit) == "missing"
     assert reason() is None and reason(status="oom") is None
     assert reason(status="timeout") == "ended as timeout"
-    assert reason(command=[*command, "--steps", "5"]) == "its settings were others"
+    assert reason(command=[*command, "--seed", "5"]) == "its settings were others"
+    assert reason(config={"steps": 4}) == "its settings were others", "the workload's file was edited"
     assert reason(env={"tree": {"commit": "other", "stage": "0"}}) == "it was made with another fork tree"
     exhibit = {"tree": {"commit": commit, "stage": "as-published"}}
     assert reason(status="error", env=exhibit, summary={"step_time_s": [1.0]}) is None
     path.write_text('{"status": "ok", ')
-    assert run_matrix.unfinished_reason(path, command, commit) == "its record is half-written"
+    assert run_matrix.unfinished_reason(path, command, {"steps": 3}, commit) == "its record is half-written"
 
 
 def test_a_record_is_written_whole_or_not_at_all(tmp_path):

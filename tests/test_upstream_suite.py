@@ -40,7 +40,7 @@ def offline_hub(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("hub")
     folder = root / "trl-internal-testing/tiny-Qwen2ForCausalLM-2.5"
-    tokenizer = AutoTokenizer.from_pretrained(data.default_tokenizer_folder())
+    tokenizer = AutoTokenizer.from_pretrained(data.default_tokenizer_folder(1024))
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
     config = Qwen2Config(

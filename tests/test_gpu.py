@@ -1,0 +1,40 @@
+"""What only a CUDA device can show. Skipped without one; experiments/run_gpu_checks.sh runs them."""
+
+import pytest
+import torch
+
+from lowmem.live_bytes import LiveBytes
+from lowmem.logprobs import chunked_logprobs
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def problem(dtype):
+    torch.manual_seed(0)
+    hidden = torch.randn(512, 256, device="cuda", dtype=dtype, requires_grad=True)
+    weight = (torch.randn(151_936, 256, device="cuda") / 16).to(dtype).requires_grad_()
+    return hidden, weight, torch.randint(0, 151_936, (512,), device="cuda")
+
+
+def test_chunked_logprobs_match_plain_in_float32():
+    hidden, weight, targets = problem(torch.float32)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    expected = (hidden @ weight.T).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    reference = torch.autograd.grad(expected.sum(), (hidden, weight))
+    found, _ = chunked_logprobs(hidden, weight, targets, chunk_tokens=64)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    for ours, theirs in zip(torch.autograd.grad(found.sum(), (hidden, weight)), reference):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_live_bytes_agree_with_the_caching_allocator():
+    hidden, weight, targets = problem(torch.bfloat16)
+    torch.cuda.synchronize()
+    start = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with LiveBytes() as meter:
+        chunked_logprobs(hidden, weight, targets, chunk_tokens=64)[0].sum().backward()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - start
+    assert meter.peak_bytes <= peak * 1.01, "the meter counts memory that was never allocated"
+    assert meter.peak_bytes >= peak * 0.9 - 64 * 2**20, "the meter misses more than kernel workspaces"
