@@ -214,7 +214,7 @@ def run_monitored(
         env[MARKS_VARIABLE] = marks_file.name
         env.setdefault("PYTHONUNBUFFERED", "1")  # or a killed Python takes its last lines with it
         device = Device(device_index, notes)
-        started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        started_at = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         oom_kills = oom_kill_counts()
         marks = Marks(marks_file)
         started, cpu_started = time.monotonic(), time.process_time()

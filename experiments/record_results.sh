@@ -28,5 +28,6 @@ measure --workload cpu --variants upstream --k 2 4 8
 measure --workload published --variants upstream --k 2 4 8
 measure --workload balanced --variants baseline upstream string-level --k 2 4 8
 measure --workload cpu --variants baseline-mb1 upstream-mb1 --k 2 4 8
-measure --workload cpu --variants string-level upstream --k 16 32 64
+measure --workload cpu --variants string-level --k 16 32 64
 measure --workload published --variants string-level --k 16 32
+measure --workload cpu --variants upstream --k 16
