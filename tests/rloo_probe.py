@@ -33,6 +33,9 @@ def probe(out: str, extra: dict, argv: list[str]) -> None:
     import trainers
     from data import load_prompts, load_tokenizer
 
+    if extra.pop("token_ids", False):
+        as_dataset = trainers.as_dataset
+        trainers.as_dataset = lambda prompts, tokenizer, as_text: as_dataset(prompts, tokenizer, as_text=False)
     plain_arguments = trainers.training_arguments
     trainers.training_arguments = lambda c: plain_arguments(c) | extra
     if config.dtype == "float64":

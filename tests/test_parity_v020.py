@@ -53,6 +53,12 @@ def test_series_matches_upstream_in_float32(run_probe):
     assert_same(run_probe("string-level", ARGUMENTS, dtype="float32", **SETTINGS), reference, TOLERANCE["float32"])
 
 
+def test_series_matches_upstream_with_token_ids(run_probe):
+    reference = run_probe("baseline", ARGUMENTS, dtype="float64", **SETTINGS)
+    ours = run_probe("string-level", ARGUMENTS | {"token_ids": True}, dtype="float64", **SETTINGS)
+    assert_same(ours, reference, TOLERANCE["float64"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", range(1, LAST_STAGE))
 def test_patch_matches_upstream_in_float32(run_probe, stage):
