@@ -5,7 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 case "${1:-}" in
   -h | --help)
     cat <<EOF
-Usage: ./reproduce.sh [--workload NAME] [--k K ...] [options]
+Usage: ./reproduce.sh [--workload NAME] [options]
 
 Sets up what is missing (./setup_env.sh), measures the baselines (./run_baseline-rloo.sh) and the improved RLOO
 (./run_improve-rloo.sh) at rloo_k = 2, 4, 8, and draws the tables and charts (./visualize_results.sh) into

@@ -15,14 +15,14 @@ EOF
 esac
 ./setup_env.sh
 selection=(-m "not slow")
-if [ "${1:-}" = "--all" ]; then
-  shift
-  selection=()
-fi
+options=()
+for word in "$@"; do
+  if [ "$word" = --all ]; then selection=(); else options+=("$word"); fi
+done
 echo "run_tests.sh: patch series"
 .venv/bin/python trl/fork.py check
 echo "run_tests.sh: style"
 .venv/bin/ruff check --quiet .
 .venv/bin/ruff format --check --quiet .
 echo "run_tests.sh: tests ${selection[*]:-(all)}"
-exec .venv/bin/python -m pytest -q --durations=10 "${selection[@]}" "$@"
+exec .venv/bin/python -m pytest -q --durations=10 "${selection[@]}" "${options[@]}"

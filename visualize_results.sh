@@ -16,5 +16,8 @@ EOF
     exit 0 ;;
 esac
 [ -x .venv/bin/python ] || { echo "visualize_results.sh: run ./setup_env.sh first" >&2; exit 1; }
-[ $# -gt 0 ] || set -- --runs results/runs/local --out results/local
+case " $* " in
+  *" --runs "*) ;;
+  *) set -- --runs results/runs/local --out results/local "$@" ;;
+esac
 exec .venv/bin/python visualization/create_charts.py "$@"

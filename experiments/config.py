@@ -65,7 +65,14 @@ class ExperimentConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.variant.endswith(ONE_ROW):
+            if self.rows_per_micro_batch not in (None, 1):
+                raise ValueError(f"{self.variant} means one row per micro-batch, not {self.rows_per_micro_batch}")
             self.rows_per_micro_batch = 1
+        for name in ("rows_per_rollout", "rows_per_forward", "logprob_chunk_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.rows_per_rollout is not None and self.variant.startswith("upstream"):
+            warnings.warn("rows_per_rollout has no effect in v1.16.0, which generates all rows at once", stacklevel=2)
         if self.rows_per_micro_batch is not None and (
             self.rows_per_micro_batch < 1 or self.rows_per_step % self.rows_per_micro_batch
         ):

@@ -25,8 +25,8 @@ class RunWatch(TrainerCallback):
         prompts, completions: token ids per generated row of the first step, padding removed.
     """
 
-    def __init__(self, steps: int, meter: LiveBytes | None):
-        self.steps, self.meter = steps, meter
+    def __init__(self, steps: int, meter: LiveBytes | None, pad_token_id: int):
+        self.steps, self.meter, self.pad_token_id = steps, meter, pad_token_id
         self.step = 0
         self.phase = "other"
         self.phase_time_s: dict[str, float] = defaultdict(float)
@@ -95,7 +95,10 @@ class RunWatch(TrainerCallback):
         self.all_prompts += rows
         if self.step == 0:
             self.prompts += rows
-            self.completions += sequences[:, input_ids.shape[1] :].tolist()
+            for ids in sequences[:, input_ids.shape[1] :].tolist():
+                while ids and ids[-1] == self.pad_token_id:  # a finished row is padded until the longest ends
+                    ids.pop()
+                self.completions.append(ids)
 
 
 def check_prompts(

@@ -51,19 +51,24 @@ def unfinished_reason(path: Path, command: list[str], workload: dict, commit: st
         return "missing"
     try:
         record = json.loads(path.read_text())
-    except ValueError:
+        stage = record["env"]["tree"] if record.get("env") else None
+    except (ValueError, AttributeError, KeyError):
         return "its record is half-written"
+    if record.get("status") == "oom" and record.get("config") is None:
+        return None  # ended by the kernel before it could write its own record; nothing to compare
     # The as-published exhibit always ends as an error, because it changes prompts; it is done when it was measured.
     measured = bool((record.get("summary") or {}).get("step_time_s"))
-    if record.get("status") not in DONE and not (measured and record["env"]["tree"]["stage"] == "as-published"):
+    if record.get("status") not in DONE and not (measured and stage["stage"] == "as-published"):
         return f"ended as {record.get('status')}"
-    config = record["config"] or {}
+    config = record["config"]
     overridden = {word.removeprefix("--").partition("=")[0] for word in command if word.startswith("--")}
     changed = [key for key, value in workload.items() if key not in overridden and config.get(key) != value]
     if record["command"][1:] != command[1:] or changed:
         return "its settings were others"
-    if record["env"]["tree"]["commit"] != commit:
+    if stage["commit"] != commit:
         return "it was made with another fork tree"
+    if stage["stage"] != "0" and record["env"].get("lowmem_sha256") != variants.lowmem_sha256():
+        return "lowmem has changed since"
     return None
 
 
@@ -81,6 +86,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=3600, help="seconds after which a run is ended")
     parser.add_argument("--force", action="store_true", help="make runs again that are done")
     args, train_options = parser.parse_known_args(argv)
+    for word in train_options:
+        if word.partition("=")[0] in ("--variant", "--rloo_k", "--config", "--record", "--seed"):
+            parser.error(f"{word} is decided here: use --variants, --k, --workload, --runs or --seeds")
     try:
         workload = args.workload or default_workload()
         config = workload_path(workload)

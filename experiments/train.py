@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -35,7 +36,11 @@ def parse_config(argv: list[str]):
         if word == "--config" and position + 1 < len(argv):
             import yaml
 
-            variant = (yaml.safe_load(Path(argv[position + 1]).read_text()) or {}).get("variant", variant)
+            try:
+                settings = yaml.safe_load(Path(argv[position + 1]).read_text()) or {}
+            except yaml.YAMLError as error:
+                raise ValueError(f"{argv[position + 1]} is not valid YAML: {' '.join(str(error).split())}") from error
+            variant = settings.get("variant", variant)
     for position, word in enumerate(argv):
         if word == "--variant" and position + 1 < len(argv):
             variant = argv[position + 1]
@@ -45,6 +50,8 @@ def parse_config(argv: list[str]):
     from trl import TrlParser
 
     (config,) = TrlParser(ExperimentConfig).parse_args_and_config(argv)
+    if config.variant != variant:  # argparse also takes abbreviations, which came too late to choose the tree
+        raise ValueError(f"the variant {config.variant!r} was not given as --variant or `variant:`; write it in full")
     return config, stage
 
 
@@ -60,16 +67,17 @@ def set_budget(config: ExperimentConfig, parameters: int) -> None:
 
     budget = int(config.budget_gib * GIB)
     width = {"float32": 4, "bfloat16": 2, "float64": 8}[config.dtype]
-    needed = parameters * width * 5  # policy, reference, gradients, two moments
+    needed = parameters * width * (2 if config.lora_rank else 5)  # policy, reference; gradients, two moments
     if needed > budget:
         raise ValueError(
-            f"budget_gib is {config.budget_gib}, but the model's {parameters:,} parameters need "
-            f"{needed / GIB:.2f} GiB for weights, reference, gradients and optimizer alone. Raise the budget or take "
-            "a smaller model."
+            f"budget_gib is {config.budget_gib}, but {parameters:,} parameters need {needed / GIB:.2f} GiB "
+            "for weights, reference, gradients and optimizer alone. Raise the budget or take a smaller model."
         )
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total))
+        if budget > total:
+            raise ValueError(f"budget_gib is {config.budget_gib}, but the device has {total / GIB:.1f} GiB")
+        torch.cuda.set_per_process_memory_fraction(budget / total)
     else:
         # The limit counts address space; what is reserved and never touched (thread stacks, heap arenas) is added.
         reserved = (status_kib("VmData") - status_kib("VmRSS")) * 1024
@@ -103,11 +111,22 @@ def environment(stage) -> dict:
         "repo_commit": git("rev-parse", "HEAD"),
         "repo_dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
         "device": torch.cuda.get_device_name(0) if cuda else "cpu",
-        "driver": torch.version.cuda if cuda else None,
+        "driver": driver_version() if cuda else None,
+        "lowmem_sha256": variants.lowmem_sha256(),
         "cpu": cpu,
         "cpu_count": os.cpu_count(),
         "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
+
+
+def driver_version() -> str | None:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except pynvml.NVMLError:
+        return None
 
 
 def status_kib(field: str) -> int:
@@ -142,7 +161,7 @@ def train(config: ExperimentConfig, stage, record: dict) -> None:
     set_budget(config, sum(p.numel() for p in shape.parameters()))
 
     meter = LiveBytes() if config.count_live_bytes else None
-    watch = RunWatch(config.steps, meter)
+    watch = RunWatch(config.steps, meter, tokenizer.pad_token_id)
     trainer, policy, ref_policy = build_trainer(config, stage, tokenizer, prompts, [watch])
     watch.watch(policy, ref_policy, trainer.accelerator)
     summary = record["summary"]
@@ -163,9 +182,7 @@ def train(config: ExperimentConfig, stage, record: dict) -> None:
         summary |= {
             "rss_peak_bytes": status_kib("VmHWM") * 1024,
             "step_time_s": watch.step_time_s,
-            "step_time_median_s": sorted(watch.step_time_s[1:])[(len(watch.step_time_s) - 1) // 2]
-            if len(watch.step_time_s) > 1
-            else None,
+            "step_time_median_s": statistics.median(watch.step_time_s[1:]) if len(watch.step_time_s) > 1 else None,
             "phase_time_s": dict(watch.phase_time_s),
             "metrics": watch.metrics,
         }

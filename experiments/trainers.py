@@ -51,7 +51,15 @@ def build_v020(config: ExperimentConfig, tokenizer, prompts: list[str], stage_na
 
     def reward_of_text(texts: list[str]) -> list[float]:
         # this trainer hands over prompt and completion as one text; the reward is for the completion
-        return reward([next((t[len(p) :] for p in prompts if t.startswith(p)), t) for t in texts])
+        if stage_name == "as-published":  # its prompts are cut and match none
+            return reward(texts)
+        starts = [max((len(p) for p in prompts if text.startswith(p)), default=None) for text in texts]
+        if None in starts:
+            raise ValueError(
+                f"the text {texts[starts.index(None)][:80]!r}... starts with no prompt of the data set: the tokenizer "
+                "does not give prompts back as they were, so the reward cannot tell where the completion begins"
+            )
+        return reward([text[start:] for text, start in zip(texts, starts)])
 
     policy = load_policy(config, tokenizer)
     ref_policy = copy.deepcopy(policy)

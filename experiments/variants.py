@@ -4,6 +4,7 @@ A process uses one tree: `activate` puts it on the path before TRL is imported, 
 from somewhere else.
 """
 
+import hashlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -28,6 +29,14 @@ def load_fork():
         sys.modules["lowmem_fork"] = module
         spec.loader.exec_module(module)
     return sys.modules["lowmem_fork"]
+
+
+def lowmem_sha256() -> str:
+    """One hash of the library's source, which decides the memory of every patched tree."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "lowmem").glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def split_variant(variant: str) -> tuple[str, str]:

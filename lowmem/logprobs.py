@@ -2,7 +2,7 @@
 
 The obvious way projects every position onto the vocabulary and keeps the logits, their log-softmax and two gradients
 for the backward. Here the projection runs in chunks of tokens and is done again in the backward: the peak holds two
-tiles of (chunk, vocabulary) whatever the number of tokens.
+tiles of (chunk, vocabulary), three with a soft cap, whatever the number of tokens.
 
 Shapes: N tokens, H hidden size, V vocabulary, B rows, R response tokens.
 """
@@ -46,9 +46,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
         log_z, entropy = torch.empty_like(logps), torch.empty_like(logps)
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            logits, _ = _tile(
-                hidden[rows].to(compute_dtype), cast_weight, cast_bias, temperature, softcap, logit_scale
-            )
+            chunk = hidden[rows].to(compute_dtype)
+            logits = _tile(chunk, cast_weight, cast_bias, temperature, softcap, logit_scale)[0]
             largest = logits.amax(-1)
             exp = (logits - largest.unsqueeze(-1)).exp_()
             total = exp.sum(-1)
@@ -89,7 +88,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             if grad_logps is not None:
                 grad.scatter_add_(-1, targets[rows].unsqueeze(-1), grad_logps[rows].unsqueeze(-1))
             if tanh is not None:
-                grad *= 1 - tanh * tanh
+                grad *= tanh.square_().neg_().add_(1)
             grad = grad.mul_(logit_scale / temperature).to(ctx.compute_dtype)
             if needs_hidden:
                 grad_hidden[rows] = grad @ cast_weight
@@ -129,8 +128,8 @@ def chunked_logprobs(
     entropy = -(log_p.exp() * log_p).sum(-1)
     ```
 
-    but allocates two tiles of `chunk_tokens * V` instead of several of `N * V`. Both results carry gradients. bfloat16
-    and float16 inputs are projected in their type; statistics and sums are float32.
+    but allocates two tiles of `chunk_tokens * V` (three with a soft cap) instead of several of `N * V`. Both results
+    carry gradients. bfloat16 and float16 inputs are projected in their type; statistics and sums are float32.
 
     Args:
         hidden: (N, H)

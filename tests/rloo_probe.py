@@ -29,6 +29,7 @@ FRAME_TENSORS = ("query_responses", "logprobs", "ref_logprobs", "advantages", "p
 def probe(out: str, extra: dict, argv: list[str]) -> None:
     config, stage = experiment.parse_config(argv)
     from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+    from transformers import TrainerCallback
 
     import trainers
     from data import load_prompts, load_tokenizer
@@ -43,10 +44,19 @@ def probe(out: str, extra: dict, argv: list[str]) -> None:
         use_float64_scores(config)
     tokenizer = load_tokenizer(config)
     prompts = load_prompts(config, tokenizer)
-    trainer, policy, _ = trainers.build_trainer(config, stage, tokenizer, prompts, [])
     saved: dict[str, torch.Tensor] = {}
     losses, counts = defaultdict(float), defaultdict(int)
 
+    class Metrics(TrainerCallback):
+        """What the trainer logs, but for what depends on time."""
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            for name, value in logs.items():
+                if isinstance(value, (int, float)) and not any(word in name for word in ("eps", "time", "per_second")):
+                    saved[f"log{counts['log']}.{name}"] = torch.tensor(value, dtype=torch.float64).nan_to_num(-1.0)
+            counts["log"] += 1
+
+    trainer, policy, _ = trainers.build_trainer(config, stage, tokenizer, prompts, [Metrics()])
     generate, backward = policy.generate, trainer.accelerator.backward
 
     def watched_generate(*args, **kwargs):

@@ -203,8 +203,9 @@ def test_bad_input_is_an_error(change):
         chunked_logprobs(**(arguments | change))
 
 
-def test_peak_does_not_depend_on_the_number_of_tokens():
-    """Two tiles of (chunk, V) whatever N: what grows is hidden, its gradient and a few numbers per token."""
+@pytest.mark.parametrize("softcap, tiles", [(None, 2), (5.0, 3)])
+def test_peak_does_not_depend_on_the_number_of_tokens(softcap, tiles):
+    """A few tiles of (chunk, V) whatever N: what grows is hidden, its gradient and a few numbers per token."""
     vocab, hidden_size, chunk = 5000, 8, 16
 
     def peak(num_tokens):
@@ -212,11 +213,11 @@ def test_peak_does_not_depend_on_the_number_of_tokens():
         weight = torch.randn(vocab, hidden_size, requires_grad=True)
         targets = torch.randint(0, vocab, (num_tokens,))
         with LiveBytes() as meter:
-            logps, entropy = chunked_logprobs(hidden, weight, targets, chunk_tokens=chunk)
+            logps, entropy = chunked_logprobs(hidden, weight, targets, chunk_tokens=chunk, softcap=softcap)
             (logps.sum() + entropy.sum()).backward()
         return meter.peak_bytes
 
     tile, weight_gradient = chunk * vocab * 4, vocab * hidden_size * 4
     small, large = peak(64), peak(1024)
-    assert small <= 2 * tile + 2 * weight_gradient + 64 * 200
+    assert small <= tiles * tile + 2 * weight_gradient + 64 * 200
     assert large - small <= (1024 - 64) * (hidden_size * 4 + 80)

@@ -1,5 +1,6 @@
 """Tables and charts from records, on synthetic sets of runs: no record of a real run is needed."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -441,3 +442,13 @@ def test_table_marks_a_comparison_of_different_prompts(tmp_path):
     records = load_records(tmp_path)
     table, growth = results_table.peak_memory_table(records), results_table.growth_table(records)
     assert "| 1.00 | 50.0%† |" in results_table.to_markdown(table, growth, "", "")
+
+
+def test_runs_of_one_workload_with_other_settings_are_not_compared(tmp_path):
+    path = write_full_set(tmp_path)
+    changed = path / "cpu/string-level_k4.json"
+    record = json.loads(changed.read_text())
+    record["config"]["budget_gib"] = 99
+    changed.write_text(json.dumps(record))
+    with pytest.raises(RecordError, match="string-level_k4.json has budget_gib = 99, but .*same settings"):
+        load_records(path)

@@ -185,7 +185,8 @@ def build(pin: str, force: bool = False, log=print) -> dict:
     """Builds one pin and returns its record (`built.json`). An up-to-date tree is left alone unless `force`."""
     wanted = series_sha256(pin)
     record = built_record(pin)
-    if record and record["series_sha256"] == wanted and not force:
+    complete = record and all((ROOT / pin / "stages" / s["name"] / "trl").is_dir() for s in record["stages"])
+    if complete and record["series_sha256"] == wanted and (ROOT / pin / "src").is_dir() and not force:
         log(f"{pin}: up to date ({len(record['stages'])} stages)")
         return record
     source = ROOT / pin / "src"
@@ -218,10 +219,16 @@ def build(pin: str, force: bool = False, log=print) -> dict:
     return record
 
 
+def changed_files(source: Path) -> list[str]:
+    """Edited and new files, without Python's caches."""
+    lines = run_git("status", "--porcelain", "--untracked-files=all", cwd=source).stdout.splitlines()
+    return [line for line in lines if "__pycache__" not in line]
+
+
 def refuse_to_lose_work(pin: str, source: Path, record: dict | None) -> None:
     """A rebuild replaces `src`: commits or edits that no patch file holds would be gone."""
-    dirty = run_git("status", "--porcelain", "--untracked-files=no", cwd=source).stdout.strip()
-    if dirty or (record and head(source) != record["tip"] and not exported(pin, source)):
+    unknown_tip = record is None or head(source) != record["tip"]
+    if changed_files(source) or (unknown_tip and not exported(pin, source)):
         raise ForkError(
             f"{source} holds work that trl/{pin}/patches does not. Commit it there and run "
             f"`python trl/fork.py export {pin}`, or delete the folder to drop it."
@@ -248,7 +255,7 @@ def export(pin: str, log=print) -> None:
     source = ROOT / pin / "src"
     if not source.exists():
         raise ForkError(f"{source} does not exist. Run `python trl/fork.py build {pin}` first.")
-    if run_git("status", "--porcelain", "--untracked-files=no", cwd=source).stdout.strip():
+    if changed_files(source):
         raise ForkError(f"{source} has uncommitted changes. Commit them there (one idea, one commit), then export.")
     folder = ROOT / pin / "patches"
     with tempfile.TemporaryDirectory(dir=ROOT / pin, prefix=".tmp-") as tmp:
@@ -304,6 +311,8 @@ def stage(pin: str, name: str = "tip") -> Stage:
         name = str(len(patch_files(pin)))
     for found in record["stages"]:
         if found["name"] == name:
+            if not (ROOT / pin / "stages" / name / "trl").is_dir():
+                raise ForkError(f"the fork tree {pin} is incomplete. Run `python trl/fork.py build {pin}`.")
             return Stage(pin, name, found["commit"], found["subject"], record["series_sha256"])
     names = ", ".join(s["name"] for s in record["stages"])
     raise ForkError(f"the fork tree {pin} has no stage {name!r}; it has: {names}")

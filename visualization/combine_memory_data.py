@@ -127,7 +127,28 @@ def load_records(runs_dir: str | Path) -> list[dict]:
             warnings.warn(f"{path}: not named <variant>_k<k>.json, so not read", stacklevel=2)
     if not records:
         raise RecordError(f"{runs_dir}: holds no run; make one with {make_command(runs_dir, 'cpu/baseline_k2')}")
+    require_same_settings(records)
     return sorted(records, key=lambda record: (record["workload"], record["variant"], record["k"], record["run"]))
+
+
+MAY_DIFFER = {"variant", "rloo_k", "seed", "record", "rows_per_micro_batch"}
+
+
+def require_same_settings(records: list[dict]) -> None:
+    """Runs of one workload are compared, so they must have the same model, data, budget and other settings."""
+    first: dict[str, dict] = {}
+    for record in records:
+        config = record["config"]
+        if not config:
+            continue
+        reference = first.setdefault(record["workload"], record)
+        for key in reference["config"].keys() & config.keys() - MAY_DIFFER:
+            if config[key] != reference["config"][key]:
+                raise RecordError(
+                    f"{record['path']} has {key} = {config[key]!r}, but {reference['path']} has "
+                    f"{reference['config'][key]!r}: runs of one workload are compared and need the same settings. "
+                    "Give the other settings a workload of their own in experiments/configs, or another --runs folder."
+                )
 
 
 def largest(values: list | None):
@@ -207,9 +228,9 @@ def phases_table(records: list[dict]) -> pd.DataFrame:
         peaks = lookup(record, "summary.live_peak_bytes_by_phase") or {}
         times = lookup(record, "summary.phase_time_s") or {}
         for phase in [*peaks, *(name for name in times if name not in peaks)]:
-            row = {name: record[name] for name in ("run", "workload", "variant", "k")}
+            row = {name: record[name] for name in ("run", "workload", "variant", "k", "status")}
             rows.append(row | {"phase": phase, "live_peak_bytes": peaks.get(phase), "phase_time_s": times.get(phase)})
-    return typed(rows, ("run", "workload", "variant", "k", "phase", "live_peak_bytes", "phase_time_s"))
+    return typed(rows, ("run", "workload", "variant", "k", "status", "phase", "live_peak_bytes", "phase_time_s"))
 
 
 def metrics_table(records: list[dict]) -> pd.DataFrame:

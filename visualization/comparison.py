@@ -9,15 +9,13 @@ from visualization.combine_memory_data import lookup, runs_table
 COMPARED = ("baseline", "upstream", "string-level", "shared-prefix")  # in drawing order, ours last
 ONE_ROW = "-mb1"  # suffix of a variant that ran with one row per micro-batch
 WITH_ONE_ROW = tuple(name + suffix for name in COMPARED for suffix in ("", ONE_ROW))
+TABLED = (*WITH_ONE_ROW, "upstream@1")  # upstream@1: v1.16.0 whose fused head skips the prompt on a CPU as well
 EXTRAPOLATED_FROM = ("baseline", "baseline" + ONE_ROW)
 EXPECTED_VARIANTS = ("baseline", "string-level", "upstream")
 EXPECTED_KS = (2, 4, 8)
 FIRST_WORKLOADS = ("cpu", "published")
-OWN_CHART = (
-    "origin",
-    "origin_two_prompts",
-    "learning",
-)  # workloads with a question of their own, not part of the comparison
+# Workloads with a question of their own, not part of the comparison.
+OWN_CHART = ("origin", "origin_two_prompts", "learning")
 
 
 def workloads(records: list[dict]) -> list[str]:
@@ -138,4 +136,4 @@ def tabled(records: list[dict]) -> list[dict]:
 def tabled_by_workload(records: list[dict]) -> dict[str, pd.DataFrame]:
     """The runs of the tables, the compared workloads first."""
     names = workloads(records) + sorted({record["workload"] for record in tabled(records)} - set(workloads(records)))
-    return {name: runs_table(compared(records, name, WITH_ONE_ROW)) for name in names}
+    return {name: runs_table(compared(records, name, TABLED)) for name in names}

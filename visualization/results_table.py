@@ -7,7 +7,7 @@ import pandas as pd
 from visualization import style
 from visualization.combine_memory_data import GIB, write_atomically, write_csv
 from visualization.comparison import (
-    WITH_ONE_ROW,
+    TABLED,
     baseline_peak,
     extrapolation_note,
     tabled,
@@ -42,7 +42,7 @@ def peak_memory_table(records: list[dict]) -> pd.DataFrame:
     """One row per workload, k and variant; the peak of a run that did not finish is no peak and stays empty."""
     rows = []
     for workload, runs in tabled_by_workload(records).items():
-        order = runs.assign(place=runs["variant"].map(WITH_ONE_ROW.index)).sort_values(["k", "place"])
+        order = runs.assign(place=runs["variant"].map(TABLED.index)).sort_values(["k", "place"])
         for run in order.itertuples():
             row = {"workload": workload, "k": run.k, "variant": run.variant, "status": run.status}
             row["budget_gib"] = None if missing(run.budget_bytes) else run.budget_bytes / GIB
@@ -86,7 +86,7 @@ def growth_table(records: list[dict]) -> pd.DataFrame:
     ratios = [f"{name}_growth" for name in METERS]
     rows = []
     for workload, runs in tabled_by_workload(records).items():
-        for variant in [name for name in WITH_ONE_ROW if name in set(runs["variant"])]:
+        for variant in [name for name in TABLED if name in set(runs["variant"])]:
             row = {"workload": workload, "variant": variant}
             for name, meter in METERS.items():
                 ends = [peak_or_extrapolation(runs, variant, meter, k) for k in GROWTH_KS]

@@ -1,0 +1,464 @@
+"""`RLOOConfig(shared_prefix=True)` of the v1.16.0 series against the unpatched tree, over real optimizer steps.
+
+Compared: prompts and sampled tokens of every generation, the loss, every gradient, every parameter, and all that the
+trainer logs but times. Two prompts per step, ragged prompts and completions, a KL penalty, two optimizer steps or more
+per generation.
+
+On equal footing: upstream shuffles rows and the flag shuffles groups, which changes the rows of a micro-batch. Where
+that can be seen (metrics of a micro-batch, several optimizer steps per generation), upstream's shuffle is replaced by
+one that puts groups in the order in which the same row permutation meets them. For float64, three float32 steps are
+replaced on both sides: the statistics of RMSNorm, the angles of RoPE, and TRL's fused head.
+
+Run as a script, this file is one such training run: `rloo_probe.py` on equal footing, with what the trainer logs.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+GROUPS_STAGE, TRAINING_STAGE, LAST_STAGE = 2, 3, 4
+TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
+SETTINGS = {"rows_per_micro_batch": 3, "learning_rate": 3e-4, "epochs_per_batch": 2, "kl_coef": 0.1, "steps": 4}
+ARGUMENTS = {"adam_epsilon": 1e-4}  # Adam at 1e-8 turns rounding of a near-zero gradient into a full step
+TIMES = ("runtime", "per_second", "step_time", "profiling")
+
+
+# --- one run, as a script --------------------------------------------------------------------------------------------
+
+
+def run_on_equal_footing(out: str, extra: dict, argv: list[str]) -> None:
+    """`rloo_probe.probe`, and what was logged in `out`.json. Names in `extra` that begin with `_` are ours:
+
+    `_evaluate`: evaluate after every step; `_resume`: from this checkpoint; `_fault`: see `plant_fault`.
+    """
+    import rloo_probe
+    from transformers import TrainerCallback
+
+    import trainers
+
+    ours = {name: extra.pop(name) for name in list(extra) if name.startswith("_")}
+    history = []
+
+    class Watch(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            numbers = {name: value for name, value in logs.items() if isinstance(value, (int, float))}
+            history.append({name: n for name, n in numbers.items() if not any(time in name for time in TIMES)})
+
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_evaluate = ours.get("_evaluate", False)
+
+    def build_trainer(config, *args):
+        if config.dtype == "float64":
+            use_float64_angles_and_head()
+        if config.variant == "upstream":
+            shuffle_groups(config.rloo_k)
+        trainer, policy, ref_policy = stock_build_trainer(config, *args)
+        trainer.add_callback(Watch())
+        trainer.eval_dataset = trainer.train_dataset
+        if "_resume" in ours:
+            trainer.train = functools.partial(trainer.train, resume_from_checkpoint=ours["_resume"])
+        if "_fault" in ours:
+            plant_fault(trainer, ours["_fault"])
+        return trainer, policy, ref_policy
+
+    stock_build_trainer, trainers.build_trainer = trainers.build_trainer, build_trainer
+    rloo_probe.probe(out, extra, argv)
+    Path(f"{out}.json").write_text(json.dumps(history))
+
+
+def shuffle_groups(num_generations: int) -> None:
+    """Upstream's shuffle of groups, from the same random numbers: in the order in which its permutation meets them."""
+    from trl.trainer import rloo_trainer
+
+    def shuffle(batch: dict) -> dict:
+        permutation = torch.randperm(len(batch["prompt_ids"])).tolist()
+        groups = dict.fromkeys(row // num_generations for row in permutation)
+        rows = [group * num_generations + i for group in groups for i in range(num_generations)]
+        return {key: value[rows] for key, value in batch.items()}
+
+    rloo_trainer.shuffle_sequence_dict = shuffle
+
+
+def use_float64_angles_and_head() -> None:
+    """RoPE and TRL's fused head compute in float32 even in a float64 model."""
+    from transformers.models.qwen3 import modeling_qwen3
+    from trl.trainer import utils
+
+    def angles(self, x, position_ids):
+        freqs = position_ids[:, :, None].double() * self.inv_freq.double()
+        freqs = torch.cat([freqs, freqs], -1)
+        return freqs.cos(), freqs.sin()
+
+    class Head:
+        @staticmethod
+        def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs):
+            logps = (hidden @ weight.T / temperature).log_softmax(-1)
+            entropy = -(logps.exp() * logps).sum(-1).detach() if "entropy" in outputs else None
+            return logps.gather(-1, targets[:, None])[:, 0], entropy, None, None, None
+
+    modeling_qwen3.Qwen3RotaryEmbedding.forward = angles
+    utils._ChunkedLogProbFunction = Head
+
+
+def plant_fault(trainer, fault: str) -> None:
+    """Breaks the trainer as a bug would, for the negative controls."""
+    if fault == "loss not divided by the accumulation steps":
+        backward = trainer._shared_prefix_backward
+
+        def backward_of_one_step():
+            steps = trainer.current_gradient_accumulation_steps
+            trainer.current_gradient_accumulation_steps = 1
+            backward()
+            trainer.current_gradient_accumulation_steps = steps
+
+        trainer._shared_prefix_backward = backward_of_one_step
+    elif fault == "completions in another order":
+        get_prompt_groups = trainer._get_prompt_groups
+
+        def get_in_another_order(*args):
+            groups, rows = get_prompt_groups(*args)
+            return groups, rows.flip(0)
+
+        trainer._get_prompt_groups = get_in_another_order
+    elif fault == "gradients not reduced":
+        trainer.accelerator.reduce = lambda tensor, reduction: tensor
+    else:
+        raise ValueError(fault)
+
+
+def print_refusals(folder: str) -> None:
+    """Prints `{case: "<error>: <message>"}` of trainers that must not be built or must not train, None if one does."""
+    import tempfile
+
+    import variants
+
+    variants.activate("shared-prefix")
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, ProcessorMixin, Qwen3MoeConfig
+    from trl.trainer import rloo_trainer
+
+    from trl import RLOOConfig, RLOOTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    dataset = Dataset.from_dict({"prompt": ["one two three", "four"]})
+
+    class OwnLoss(RLOOTrainer):
+        def _compute_loss(self, model, inputs):
+            return super()._compute_loss(model, inputs)
+
+    class Processor(ProcessorMixin):
+        def __init__(self, tokenizer):
+            self.tokenizer = tokenizer
+
+    def train(trainer_class=RLOOTrainer, model=None, processing_class=tokenizer, peft_config=None, **arguments):
+        defaults = {"num_generations": 2, "per_device_train_batch_size": 4, "max_completion_length": 4, "max_steps": 1}
+        defaults |= {"output_dir": tempfile.mkdtemp(), "use_cpu": True, "bf16": False, "report_to": []}
+        trainer_class(
+            model=model or AutoModelForCausalLM.from_pretrained(folder),
+            reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
+            args=RLOOConfig(shared_prefix=True, save_strategy="no", **(defaults | arguments)),
+            train_dataset=dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+        ).train()
+
+    def train_without_lowmem():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rloo_trainer, "is_lowmem_available", lambda: False)
+            train()
+
+    def train_sharded():
+        """accelerate drops FSDP on CPUs, so what `Trainer.__init__` finds out is set by hand."""
+        stock_init = rloo_trainer._BaseTrainer.__init__
+
+        def init(self, *args, **kwargs):
+            stock_init(self, *args, **kwargs)
+            self.is_fsdp_enabled = True
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rloo_trainer._BaseTrainer, "__init__", init)
+            train()
+
+    def train_experts(**arguments):
+        shape = {"vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        shape |= {"num_key_value_heads": 1, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        with tempfile.TemporaryDirectory() as path:  # the reference model is loaded from there
+            AutoModelForCausalLM.from_config(Qwen3MoeConfig(**shape, head_dim=8)).save_pretrained(path)
+            train(model=AutoModelForCausalLM.from_pretrained(path), **arguments)
+
+    reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    cases = {
+        "none": train,
+        "experts": functools.partial(train_experts, router_aux_loss_coef=0.0),
+        "torch_compile": functools.partial(train, torch_compile=True),
+        "num_generations": functools.partial(train, per_device_train_batch_size=1, steps_per_generation=4),
+        "steps_per_generation": functools.partial(train, gradient_accumulation_steps=3, steps_per_generation=2),
+        "vision-language": functools.partial(train, processing_class=Processor(tokenizer)),
+        "auxiliary loss": train_experts,
+        "_compute_loss": functools.partial(train, trainer_class=OwnLoss),
+        "FSDP": train_sharded,
+        "lora_dropout": functools.partial(train, peft_config=LoraConfig(lora_dropout=0.1)),
+        "reentrant": functools.partial(train, **reentrant),
+        "num_beams": functools.partial(train, generation_kwargs={"num_beams": 2}),
+        "lowmem": train_without_lowmem,
+    }
+    messages = {}
+    for case, run in cases.items():
+        try:
+            run()
+            messages[case] = None
+        except Exception as error:
+            messages[case] = f"{type(error).__name__}: {error}"
+    print(json.dumps(messages))
+
+
+# --- tests -----------------------------------------------------------------------------------------------------------
+
+
+def run_script(*arguments: str, launcher: tuple[str, ...] = ()) -> str:
+    command = [sys.executable, *launcher, __file__, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def load_run(out: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    result = load_file(out)
+    for number, logged in enumerate(json.loads(Path(f"{out}.json").read_text())):
+        result |= {f"log{number}.{name}": torch.tensor(value, dtype=torch.float64) for name, value in logged.items()}
+    return result
+
+
+@pytest.fixture(scope="session")
+def run_equal(tmp_path_factory, probe_model):
+    """`run_equal(variant, extra_arguments, processes=1, **settings)` -> dict of tensors of the (last) process; every
+    distinct call runs once."""
+    folder, cache = tmp_path_factory.mktemp("equal-footing"), {}
+    defaults = {"model": probe_model, "prompts_per_step": 2, "prompt_tokens": 20, "prompt_tokens_min": 6}
+    defaults |= {"response_tokens": 12, "rloo_k": 3, "temperature": 0.9} | SETTINGS
+
+    def run(variant: str, extra: dict, processes: int = 1, **settings) -> dict:
+        options = [f"--{key}={value}" for key, value in (defaults | settings).items()]
+        key = json.dumps([variant, extra, options, processes])
+        if key not in cache:
+            out = folder / f"{len(cache)}-"
+            launcher = () if processes == 1 else ("-m", "torch.distributed.run", "--standalone")
+            launcher += () if processes == 1 else (f"--nproc_per_node={processes}",)
+            arguments = [str(out), json.dumps(ARGUMENTS | extra), f"--variant={variant}", *options]
+            run_script(*arguments, launcher=launcher)
+            cache[key] = load_run(Path(f"{out}{processes - 1}"))
+        return cache[key]
+
+    return run
+
+
+def assert_same(ours: dict, reference: dict, tolerance: float) -> None:
+    """Integer tensors equal, others within `tolerance`: absolute up to 1, relative above; the same keys in both."""
+    assert ours.keys() == reference.keys()
+    for name, expected in reference.items():
+        found = ours[name]
+        assert found.shape == expected.shape, name
+        if expected.dtype.is_floating_point:
+            torch.testing.assert_close(
+                found.double(),
+                expected.double(),
+                rtol=tolerance,
+                atol=tolerance,
+                equal_nan=True,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
+        else:
+            assert torch.equal(found, expected), name
+
+
+def assert_is_a_test(reference: dict) -> None:
+    """The comparison would mean little if nothing was learned, padded or clipped."""
+    assert {"step0", "step1", "step2", "step3"} <= {name.split(".")[0] for name in reference}
+    lengths = {name: reference[name] for name in reference if name.startswith("log") and "_length" in name}
+    assert any(lengths[name] < lengths[name.replace("min", "max")] for name in lengths if "min_length" in name)
+    assert any((ids == 0).any() for name, ids in reference.items() if name.endswith("input_ids")), "prompts not ragged"
+    first, last = reference["step0.param.lm_head.weight"], reference["step3.param.lm_head.weight"]
+    assert (first - last).abs().max() > 1e-5
+    assert (reference["step1.loss"] - reference["step0.loss"]).abs() > 1e-6, "the ratio is still one"
+
+
+def test_shared_prefix_matches_upstream_in_float32(run_probe):
+    """Nothing of upstream replaced: a generation is one optimizer step, whose gradient no order of rows changes."""
+    reference = run_probe("upstream", ARGUMENTS, **SETTINGS)
+    assert_same(run_probe("shared-prefix", ARGUMENTS, **SETTINGS), reference, TOLERANCE["float32"])
+
+
+def test_flag_off_is_bit_identical_to_the_tree_before(run_probe):
+    reference = run_probe("upstream@1", ARGUMENTS, **SETTINGS)
+    ours = run_probe(f"upstream@{LAST_STAGE}", ARGUMENTS, **SETTINGS)
+    assert ours.keys() == reference.keys()
+    assert all(torch.equal(ours[name], reference[name]) for name in reference)
+
+
+def test_shuffled_groups_match_a_shuffle_of_groups_in_upstream(run_equal):
+    """The first patch alone, with more than one optimizer step per generation."""
+    extra, settings = {"steps_per_generation": 8}, {"steps": 8, "rows_per_micro_batch": 3, "prompts_per_step": 2}
+    reference = run_equal("upstream", extra, **settings)
+    ours = run_equal(f"upstream@{GROUPS_STAGE}", extra | {"shuffle_groups": True}, **settings)
+    assert_same(ours, reference, TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("stage", [TRAINING_STAGE, LAST_STAGE])
+def test_shared_prefix_matches_upstream_in_float64(run_equal, stage):
+    reference = run_equal("upstream", {}, dtype="float64")
+    assert_is_a_test(reference)
+    assert_same(run_equal(f"shared-prefix@{stage}", {}, dtype="float64"), reference, TOLERANCE["float64"])
+
+
+HARD = {"epsilon": 1e-3, "epsilon_high": 2e-3, "mask_truncated_completions": True, "max_grad_norm": 0.05}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "extra, settings",
+    [
+        ({}, {"rows_per_micro_batch": 1}),
+        ({}, {"rows_per_micro_batch": 2}),
+        ({}, {"rows_per_micro_batch": 6}),
+        ({"steps_per_generation": 4}, {"steps": 8}),
+        ({"steps_per_generation": 12}, {"rows_per_micro_batch": 1, "steps": 8}),
+        ({"steps_per_generation": 1}, {}),  # two generations per optimizer step
+        (HARD, {}),
+        (HARD | {"steps_per_generation": 4}, {"steps": 8}),
+        ({"mask_truncated_completions": True}, {"response_tokens": 1}),  # whole optimizer steps are masked
+        (
+            {"normalize_advantages": True},
+            {"kl_coef": 0.0, "rloo_k": 2, "prompts_per_step": 3, "rows_per_micro_batch": 2},
+        ),
+        ({"sync_ref_model": True, "ref_model_sync_steps": 1, "repetition_penalty": 1.2, "top_k": 50}, {}),
+        ({"pad_to_multiple_of": 16}, {}),
+        ({}, {"prompt_tokens": 2, "prompt_tokens_min": 1}),
+        ({}, {"gradient_checkpointing": True}),
+        ({}, {"lora_rank": 4, "learning_rate": 3e-3}),
+        ({}, {"lora_rank": 4, "learning_rate": 3e-3, "gradient_checkpointing": True}),
+        ({"_evaluate": True, "per_device_eval_batch_size": 3}, {}),
+    ],
+    ids=str,
+)
+def test_shared_prefix_matches_upstream_in_float64_with(run_equal, extra, settings):
+    reference = run_equal("upstream", extra, dtype="float64", **settings)
+    assert_same(run_equal("shared-prefix", extra, dtype="float64", **settings), reference, TOLERANCE["float64"])
+    if extra.get("epsilon"):
+        assert any(value > 0 for name, value in reference.items() if "clip_ratio/region" in name), "nothing is clipped"
+    if extra.get("mask_truncated_completions"):
+        ratios = [value for name, value in reference.items() if "completions/clipped_ratio" in name]
+        assert any(value > 0 for value in ratios), "nothing is truncated"
+    if extra.get("_evaluate"):
+        assert any("eval_entropy" in name for name in reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings", [{}, {"lora_rank": 4, "learning_rate": 3e-3, "gradient_checkpointing": True}], ids=str
+)
+def test_shared_prefix_matches_upstream_in_two_processes(run_equal, settings):
+    reference = run_equal("upstream", {}, processes=2, dtype="float64", **settings)
+    ours = run_equal("shared-prefix", {}, processes=2, dtype="float64", **settings)
+    assert_same(ours, reference, TOLERANCE["float64"])
+    one_process = run_equal("upstream", {}, dtype="float64", **settings)
+    assert any(not torch.equal(one_process[name], reference[name]) for name in one_process if ".param." in name)
+
+
+@pytest.mark.slow
+def test_resumed_run_matches_upstream_and_the_run_that_was_not_interrupted(run_equal, tmp_path):
+    runs = {}
+    for variant in ("upstream", "shared-prefix"):
+        saving = {"output_dir": str(tmp_path / variant), "save_strategy": "steps", "save_steps": 2}
+        whole = run_equal(variant, saving, dtype="float64")
+        rest = run_equal(variant, saving | {"_resume": str(tmp_path / variant / "checkpoint-2")}, dtype="float64")
+        runs[variant] = rest
+        for name in (name for name in rest if name.startswith("step1.param")):
+            torch.testing.assert_close(rest[name], whole[name.replace("step1", "step3")], rtol=0, atol=0)
+    assert_same(runs["shared-prefix"], runs["upstream"], TOLERANCE["float64"])
+
+
+@pytest.mark.slow
+def test_training_peak_does_not_grow_with_the_completions(tmp_path):
+    """Live bytes of training with one row per micro-batch, k = 16 against k = 2; upstream's cost more than double."""
+    peaks = {}
+    for variant, k in (("shared-prefix", 2), ("shared-prefix", 16), ("upstream", 16)):
+        record = tmp_path / f"{variant}-{k}.json"
+        options = {"variant": variant, "rloo_k": k, "rows_per_micro_batch": 1, "steps": 2, "record": record}
+        options |= {"prompt_tokens": 512, "response_tokens": 48, "vocab_size": 0, "hidden_size": 64, "head_dim": 16}
+        options |= {"intermediate_size": 128, "num_hidden_layers": 4}
+        command = [sys.executable, str(ROOT / "experiments/train.py"), *(f"--{n}={v}" for n, v in options.items())]
+        result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert result.returncode == 0, result.stderr[-3000:]
+        by_phase = json.loads(record.read_text())["summary"]["live_peak_bytes_by_phase"]
+        peaks[variant, k] = max(by_phase["train_forward"], by_phase["train_backward"])
+    assert peaks["shared-prefix", 16] <= 1.05 * peaks["shared-prefix", 2]
+    assert peaks["shared-prefix", 16] < 0.5 * peaks["upstream", 16]
+
+
+@pytest.fixture(scope="session")
+def refusals(probe_model) -> dict[str, str | None]:
+    return json.loads(run_script("--refusals", str(probe_model)).splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "case, error, way_out",
+    [
+        ("torch_compile", "NotImplementedError", "Set `torch_compile=False`"),
+        ("num_generations", "ValueError", "Raise gradient_accumulation_steps"),
+        ("steps_per_generation", "ValueError", "divisible by the other"),
+        ("vision-language", "NotImplementedError", "Pass a tokenizer and a text model"),
+        ("auxiliary loss", "NotImplementedError", "`router_aux_loss_coef=0.0`"),
+        ("_compute_loss", "NotImplementedError", "Override `_compute_per_sequence_loss`"),
+        ("FSDP", "NotImplementedError", "Use a single process or DDP"),
+        ("lora_dropout", "NotImplementedError", "`lora_dropout=0`"),
+        ("reentrant", "NotImplementedError", '"use_reentrant": False'),
+        ("num_beams", "NotImplementedError", "num_generations"),
+        ("lowmem", "ImportError", "Put it on the path"),
+    ],
+)
+def test_what_is_not_exact_is_refused_with_the_way_out(refusals, case, error, way_out):
+    assert refusals[case] is not None, "it trains"
+    assert refusals[case].startswith(f"{error}: ") and case in refusals[case] and way_out in refusals[case]
+
+
+@pytest.mark.parametrize("case", ["none", "experts"])
+def test_what_is_exact_is_not_refused(refusals, case):
+    assert refusals[case] is None
+
+
+@pytest.mark.parametrize(
+    "fault", ["loss not divided by the accumulation steps", "completions in another order"], ids=lambda f: f[:11]
+)
+def test_a_fault_is_seen(run_equal, fault):
+    """Negative control."""
+    reference = run_equal("upstream", {}, dtype="float64")
+    with pytest.raises(AssertionError):
+        assert_same(run_equal("shared-prefix", {"_fault": fault}, dtype="float64"), reference, 1e-5)
+
+
+@pytest.mark.slow
+def test_gradients_that_are_not_reduced_are_seen(run_equal):
+    """Negative control."""
+    reference = run_equal("upstream", {}, processes=2, dtype="float64")
+    ours = run_equal("shared-prefix", {"_fault": "gradients not reduced"}, processes=2, dtype="float64")
+    with pytest.raises(AssertionError):
+        assert_same(ours, reference, 1e-5)
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "experiments"), str(ROOT)]
+    torch.set_num_threads(1)
+    if sys.argv[1] == "--refusals":
+        print_refusals(sys.argv[2])
+    else:
+        run_on_equal_footing(sys.argv[1] + os.environ.get("RANK", "0"), json.loads(sys.argv[2]), sys.argv[3:])
