@@ -15,7 +15,7 @@ def _setting(default, help: str):
 
 @dataclass
 class ExperimentConfig:
-    variant: str = _setting("baseline", "baseline, string-level (string-level@N: first N patches), upstream, ...")
+    variant: str = _setting("baseline", "baseline, string-level, upstream, shared-prefix; see experiments/variants.py")
     workload: str = _setting("cpu", "name of the workload; results are kept under it")
     record: Optional[str] = _setting(None, "path of the JSON record; default results/runs/local/<workload>/<run>.json")
 

@@ -108,6 +108,7 @@ def build_v116(config: ExperimentConfig, tokenizer, prompts: list[str], stage_na
         max_completion_length=config.response_tokens,
         num_iterations=config.epochs_per_batch,
         beta=config.kl_coef,
+        **({"shared_prefix": True} if config.variant.startswith("shared-prefix") else {}),  # unknown to stage 0
         max_steps=config.steps,
     )
     trainer = RLOOTrainer(

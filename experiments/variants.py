@@ -17,6 +17,7 @@ VARIANTS = {
     "as-published": ("v0.20.0", "as-published"),
     "string-level": ("v0.20.0", "tip"),
     "upstream": ("v1.16.0", "0"),
+    "shared-prefix": ("v1.16.0", "tip"),
 }
 ONE_ROW = "-mb1"  # suffix: the same tree with one row per micro-batch, as a user short of memory would set it
 
