@@ -67,7 +67,8 @@ def unfinished_reason(path: Path, command: list[str], workload: dict, commit: st
         return "its settings were others"
     if stage["commit"] != commit:
         return "it was made with another fork tree"
-    if stage["stage"] != "0" and record["env"].get("lowmem_sha256") != variants.lowmem_sha256():
+    uses_lowmem = stage["stage"].isdigit() and stage["stage"] != "0"
+    if uses_lowmem and record["env"].get("lowmem_sha256") != variants.lowmem_sha256():
         return "lowmem has changed since"
     return None
 

@@ -276,6 +276,10 @@ def test_finished_runs_are_skipped_and_others_are_made_again(tmp_path):
     assert reason(command=[*command, "--seed", "5"]) == "its settings were others"
     assert reason(config={"steps": 4}) == "its settings were others", "the workload's file was edited"
     assert reason(env={"tree": {"commit": "other", "stage": "0"}}) == "it was made with another fork tree"
+    patched = {"tree": {"commit": commit, "stage": "5"}, "lowmem_sha256": "other"}
+    assert reason(env=patched) == "lowmem has changed since"
+    assert reason(env=patched | {"lowmem_sha256": variants.lowmem_sha256()}) is None
+    assert reason(status="oom", config=None) is None, "ended by the kernel, without a record of its own"
     exhibit = {"tree": {"commit": commit, "stage": "as-published"}}
     assert reason(status="error", env=exhibit, summary={"step_time_s": [1.0]}) is None
     path.write_text('{"status": "ok", ')
