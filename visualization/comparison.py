@@ -130,7 +130,7 @@ def runs_by_workload(records: list[dict]) -> dict[str, pd.DataFrame]:
 
 def tabled(records: list[dict]) -> list[dict]:
     """The records of the tables: the compared variants, row by row too, also of workloads without a baseline."""
-    return [r for r in records if r["workload"] not in OWN_CHART and r["variant"] in WITH_ONE_ROW]
+    return [r for r in records if r["workload"] not in OWN_CHART and r["variant"] in TABLED]
 
 
 def tabled_by_workload(records: list[dict]) -> dict[str, pd.DataFrame]:
