@@ -37,6 +37,7 @@ from visualization.combine_memory_data import (
     timeline_path,
 )
 from visualization.comparison import (
+    EXPECTED_KS,
     FIRST_WORKLOADS,
     compared,
     expected_in,
@@ -85,7 +86,8 @@ def create_charts(records: list[dict], out: Path, workload: str | None, patch_na
     draw("published_origin", origin_needs(records), lambda: published_origin(records))
 
     name = workload or next(iter(workloads(records)), None)
-    individual = compared(records, name) if name else []
+    # A panel per run: the values of k that every variant is expected at, or the chart would be mostly empty.
+    individual = [record for record in compared(records, name) if record["k"] in EXPECTED_KS] if name else []
     needs = [str(path) for record in individual if not (path := timeline_path(record["path"])).exists()]
     needs = needs if individual else some_peak or [f"{name}/<variant>_k<k>"]
     timelines = {} if needs else {record["run"]: load_timeline(record) for record in individual}
