@@ -452,3 +452,11 @@ def test_runs_of_one_workload_with_other_settings_are_not_compared(tmp_path):
     changed.write_text(json.dumps(record))
     with pytest.raises(RecordError, match="string-level_k4.json has budget_gib = 99, but .*same settings"):
         load_records(path)
+
+
+def test_time_lines_are_drawn_for_the_k_of_every_variant_only(tmp_path, capsys):
+    runs = write_full_set(tmp_path / "synthetic")
+    write_record(runs, "cpu", "string-level", 64, 1.0)  # its time line is not needed
+    create_charts.main(["--runs", str(runs), "--out", str(tmp_path / "out")])
+    assert "rloo_individual" not in capsys.readouterr().out
+    assert (tmp_path / "out/rloo_individual_peak_preserving.png").exists()

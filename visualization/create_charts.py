@@ -95,7 +95,7 @@ def create_charts(records: list[dict], out: Path, workload: str | None, patch_na
         ("rloo_individual_peak_preserving", individual_peak_preserving),
         ("rloo_individual_ultra_smooth", individual_ultra_smooth),
     ):
-        draw(title, needs, lambda chart=chart: chart(records, timelines, name))
+        draw(title, needs, lambda chart=chart: chart(individual, timelines, name))
     draw("learning_curves", learning_needs(records), lambda: learning_curves(records))
     if tabled(records):
         write_table(records, out)
