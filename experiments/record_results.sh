@@ -8,7 +8,7 @@ case "${1:-}" in
 Usage: experiments/record_results.sh SET
 
 Makes every run behind the committed tables and charts and leaves the records in results/runs/SET; resumes where it
-stopped. Takes about 80 minutes on 2 cores. Draw them with
+stopped. Takes about 40 minutes on 2 cores. Draw them with
   ./visualize_results.sh --runs results/runs/SET --out results
 EOF
     [ -n "${1:-}" ] && exit 0 || exit 2 ;;
@@ -16,18 +16,16 @@ esac
 runs=results/runs/$1
 measure() { .venv/bin/python experiments/run_matrix.py --runs "$runs" "$@"; }
 
-measure --workload cpu --variants baseline string-level --k 2 4 8
+measure --workload cpu --variants baseline upstream upstream@1 string-level --k 2 4 8
+measure --workload cpu --variants upstream upstream@1 string-level --k 16
+measure --workload cpu --variants string-level --k 32 64
 measure --workload cpu --variants string-level@1 string-level@2 string-level@3 string-level@4 string-level@5 --k 4
-measure --workload origin --variants baseline string-level@1 as-published --k 2
-measure --workload origin_two_prompts --variants baseline string-level@1 as-published --k 2 4
-measure --workload published --variants baseline string-level --k 2 4 8
+measure --workload published --variants baseline upstream upstream@1 string-level --k 2 4 8
 measure --workload published --variants baseline-mb1 --k 2
 measure --workload published_rollout2 --variants string-level --k 2 8
+measure --workload origin --variants baseline string-level@1 as-published --k 2
+measure --workload origin_two_prompts --variants baseline string-level@1 as-published --k 2 4
 measure --workload learning --variants baseline string-level --k 4 --seeds 0 1 2
-measure --workload cpu --variants upstream --k 2 4 8
-measure --workload published --variants upstream --k 2 4 8
-measure --workload balanced --variants baseline upstream string-level --k 2 4 8
-measure --workload cpu --variants baseline-mb1 upstream-mb1 --k 2 4 8
-measure --workload cpu --variants string-level --k 16 32 64
-measure --workload published --variants string-level --k 16 32
-measure --workload cpu --variants upstream --k 16
+pairs() { .venv/bin/python experiments/compare_time.py --runs "$runs" --variants baseline string-level "$@"; }
+pairs --workload cpu --k 4 --pairs 5
+pairs --workload published --k 2 --pairs 3
