@@ -109,7 +109,7 @@ def environment(stage) -> dict:
             "series_sha256": stage.series_sha256,
         },
         "repo_commit": git("rev-parse", "HEAD"),
-        "repo_dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "repo_dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!:/results")),
         "device": torch.cuda.get_device_name(0) if cuda else "cpu",
         "driver": driver_version() if cuda else None,
         "lowmem_sha256": variants.lowmem_sha256(),
