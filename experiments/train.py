@@ -96,6 +96,8 @@ def environment(stage) -> dict:
         result = subprocess.run(["git", *args], cwd=HERE, capture_output=True, text=True)
         return result.stdout.strip() if result.returncode == 0 else None
 
+    # The records of earlier runs are no change of what is measured.
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results")
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -109,7 +111,7 @@ def environment(stage) -> dict:
             "series_sha256": stage.series_sha256,
         },
         "repo_commit": git("rev-parse", "HEAD"),
-        "repo_dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!:/results")),
+        "repo_dirty": None if changes is None else bool(changes),
         "device": torch.cuda.get_device_name(0) if cuda else "cpu",
         "driver": driver_version() if cuda else None,
         "lowmem_sha256": variants.lowmem_sha256(),
