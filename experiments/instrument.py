@@ -65,15 +65,17 @@ class RunWatch(TrainerCallback):
             self.enter("train_backward")
             backward(*args, **kwargs)
 
-        def before_forward(*_):
-            if self.phase != "generate":
+        def before_forward(module, args, kwargs):
+            if kwargs.get("use_cache"):  # a prompt's prefill, before `generate` goes on from it
+                self.enter("generate")
+            elif self.phase != "generate":
                 self.enter("train_forward" if torch.is_grad_enabled() else "score")
 
         policy.generate, accelerator.backward = watched_generate, watched_backward
         for model in (policy, ref_policy):
             if model is not None:
                 # On the backbone: the fused heads call it without the model's own __call__.
-                model.base_model.register_forward_pre_hook(before_forward)
+                model.base_model.register_forward_pre_hook(before_forward, with_kwargs=True)
         register_optimizer_step_pre_hook(lambda *_: self.enter("optimizer"))
         register_optimizer_step_post_hook(lambda *_: self.enter("other"))
 

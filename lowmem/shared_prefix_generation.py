@@ -1,8 +1,9 @@
 """Generation of k completions per prompt with every prompt prefilled once.
 
 The obvious way hands `generate` k copies of each prompt and prefills all of them. Here each prompt is prefilled once,
-without its last token and without a row of logits; the cache is repeated k times; and the unmodified `generate` goes
-on from the last prompt token. It samples from the same rows in the same order, so one seed gives the same tokens.
+without its last token and without a row of logits; its k completions decode from that one copy of its keys and values
+(`lowmem.shared_prefix_decode`); and the unmodified `generate` goes on from the last prompt token. It samples from the
+same rows in the same order, so one seed gives the same tokens.
 
     out = shared_prefix_generate(model, input_ids, attention_mask, num_generations=8, max_new_tokens=64)
 
@@ -10,6 +11,7 @@ Shapes: n prompts, P tokens of the longest prompt, k completions of a prompt, R 
 """
 
 import copy
+from contextlib import nullcontext
 
 import torch
 from transformers import PreTrainedModel
@@ -21,6 +23,7 @@ from lowmem.shared_prefix_checks import (
     refuse_inexact_lengths,
     transformers_model,
 )
+from lowmem.shared_prefix_decode import SharedPromptLayer, can_share_cache, decode_layer, prompts_kept_once
 
 # Settings of `generate` that make rows of their own or keep the cache elsewhere: value that is accepted besides None.
 _ACCEPTED = {
@@ -44,6 +47,7 @@ def shared_prefix_generate(
     num_generations: int,
     *,
     max_rows: int | None = None,
+    share_cache: bool = True,
     **generate_kwargs,
 ) -> torch.Tensor:
     """Equals this, without n (k - 1) prefills:
@@ -63,6 +67,8 @@ def shared_prefix_generate(
         num_generations: k.
         max_rows: most rows to generate at once; None for all n k. Fewer rows need less cache, but draw random numbers
             in another order: exact only in distribution when sampling.
+        share_cache: keep each prompt's keys and values once, P + k R tokens of cache instead of k (P + R). Layers with
+            a sliding window, and models with attention of their own, repeat theirs in any case.
         **generate_kwargs: for `model.generate`, which returns a tensor.
 
     Returns:
@@ -86,15 +92,17 @@ def shared_prefix_generate(
     prefilled = _prefill(model, input_ids[:, :-1], attention_mask[:, :-1]) if input_ids.shape[1] > 1 else None
     outputs = []
     for part in rows.split(max_rows or len(rows)):
-        cache = None if prefilled is None else _select_rows(prefilled, part)
-        outputs.append(
-            model.generate(
-                input_ids=input_ids[part],
-                attention_mask=attention_mask[part],
-                past_key_values=cache,
-                **generate_kwargs,
+        cache = None if prefilled is None else _select_rows(prefilled, part, share_cache and can_share_cache(model))
+        shares = cache is not None and any(isinstance(layer, SharedPromptLayer) for layer in cache.layers)
+        with prompts_kept_once(model, cache) if shares else nullcontext():
+            outputs.append(
+                model.generate(
+                    input_ids=input_ids[part],
+                    attention_mask=attention_mask[part],
+                    past_key_values=cache,
+                    **generate_kwargs,
+                )
             )
-        )
     if len(outputs) == 1:
         return outputs[0]
     width = max(part.shape[1] for part in outputs)
@@ -124,11 +132,16 @@ def _prefill(model, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Dy
     return cache
 
 
-def _select_rows(cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
-    """A cache of its own with the given rows, repeated where they repeat; `cache` stays as it is."""
+def _select_rows(cache: DynamicCache, rows: torch.Tensor, share: bool) -> DynamicCache:
+    """A cache for the given rows, which repeat prompts; `cache` stays as it is."""
     selected = copy.copy(cache)
-    selected.layers = [copy.copy(layer) for layer in cache.layers]
-    selected.batch_select_indices(rows)
+    selected.layers = []
+    for layer in cache.layers:
+        shared = decode_layer(layer, rows) if share else None
+        if shared is None:
+            shared = copy.copy(layer)
+            shared.batch_select_indices(rows)
+        selected.layers.append(shared)
     return selected
 
 

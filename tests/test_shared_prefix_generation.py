@@ -6,7 +6,9 @@ from peft import LoraConfig, get_peft_model
 from test_shared_prefix_models import MODELS, VOCAB_SIZE, WINDOW, make_model
 from transformers import GenerationConfig
 
+from lowmem import shared_prefix_decode
 from lowmem.live_bytes import LiveBytes
+from lowmem.shared_prefix_decode import SharedPromptLayer
 from lowmem.shared_prefix_generation import shared_prefix_generate
 
 NUM_GENERATIONS = 3
@@ -32,21 +34,23 @@ def stock_generate(model, ids, mask, **options):
 
 def assert_same_tokens(model, ids, mask, **options):
     options = {"max_new_tokens": NEW_TOKENS, **options}
+    sharing = {"share_cache": options.pop("share_cache", True)}
     stock = stock_generate(model, ids, mask, **options)
     after_stock = torch.get_rng_state()
     torch.manual_seed(0)
-    shared = shared_prefix_generate(model, ids, mask, NUM_GENERATIONS, **options)
+    shared = shared_prefix_generate(model, ids, mask, NUM_GENERATIONS, **sharing, **options)
     assert torch.equal(shared, stock)
     assert torch.equal(torch.get_rng_state(), after_stock)
     return shared[:, ids.shape[1] :]
 
 
+@pytest.mark.parametrize("share_cache", [True, False], ids=["", "repeated"])
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("name", MODELS)
-def test_tokens_match_stock(name, do_sample):
+def test_tokens_match_stock(name, do_sample, share_cache):
     model = make_model(name, torch.float32).eval()
     ids, mask = make_prompts()
-    completions = assert_same_tokens(model, ids, mask, do_sample=do_sample)
+    completions = assert_same_tokens(model, ids, mask, do_sample=do_sample, share_cache=share_cache)
     if do_sample:  # greedy rows of random weights soon repeat one token
         assert len(set(completions.flatten().tolist())) > 10
         assert len({tuple(row) for row in completions.tolist()}) == len(completions)
@@ -91,6 +95,61 @@ def test_the_prompt_is_prefilled_once_and_without_logits():
     model.model.layers[0].register_forward_hook(lambda module, args, output: seen.append(args[0].shape[:2]))
     shared_prefix_generate(model, ids, mask, NUM_GENERATIONS, max_new_tokens=2)
     assert seen == [(2, 39), (2 * NUM_GENERATIONS, 1), (2 * NUM_GENERATIONS, 1)]
+
+
+def decoded_logits(model, generate) -> torch.Tensor:
+    """Logits (steps, B, V) of the rows that `generate` sampled from, in the model's precision."""
+    logits = []
+    hook = model.lm_head.register_forward_hook(lambda module, args, output: logits.append(output[:, -1:]))
+    generate()
+    hook.remove()
+    return torch.cat([step for step in logits if step.shape[1]], 1).transpose(0, 1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_match_stock_in_float64(name):
+    model = make_model(name, torch.float64).eval()
+    eager = model.config._attn_implementation == "eager"  # its softmax is in float32, and nan on padding in float64
+    ids, mask = make_prompts((23, 23) if eager else (9, 23, 1, 14))
+    options = {"do_sample": False, "max_new_tokens": NEW_TOKENS}
+    stock = decoded_logits(model, lambda: stock_generate(model, ids, mask, **options))
+    shared = decoded_logits(model, lambda: shared_prefix_generate(model, ids, mask, NUM_GENERATIONS, **options))
+    assert shared.shape == stock.shape
+    torch.testing.assert_close(shared, stock, rtol=0, atol=1e-5 if eager else 1e-12)
+
+
+@pytest.mark.parametrize("share_cache", [True, False], ids=["once", "repeated"])
+def test_the_cache_holds_every_prompt_once(share_cache):
+    model = make_model("qwen3", torch.float32).eval()
+    ids, mask = make_prompts((70, 70))
+    caches = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: caches.append(kwargs["past_key_values"]), with_kwargs=True
+    )
+    options = {"max_new_tokens": 64, "min_new_tokens": 64, "share_cache": share_cache}
+    shared_prefix_generate(model, ids, mask, NUM_GENERATIONS, **options)
+    num_tokens = 0
+    for layer in caches[-1].layers:
+        names = ("prompt_keys", "keys") if isinstance(layer, SharedPromptLayer) else ("keys",)
+        num_tokens += sum(getattr(layer, name).shape[0] * getattr(layer, name).shape[2] for name in names)
+    num_prompts = 2 if share_cache else 2 * NUM_GENERATIONS
+    assert num_tokens == len(caches[-1].layers) * (num_prompts * 69 + 2 * NUM_GENERATIONS * 64)
+
+
+def test_a_model_that_attends_in_its_own_way_is_found_out(monkeypatch):
+    model = make_model("qwen3", torch.float32).eval()
+    monkeypatch.setattr(type(model), "set_attn_implementation", lambda *args: None)
+    with pytest.raises(RuntimeError, match="did not see their prompts"):
+        shared_prefix_generate(model, *make_prompts((23, 23)), NUM_GENERATIONS, max_new_tokens=2)
+    shared_prefix_generate(model, *make_prompts((23, 23)), NUM_GENERATIONS, max_new_tokens=2, share_cache=False)
+
+
+def test_the_models_own_attention_is_back_after_an_error(monkeypatch):
+    model = make_model("qwen3", torch.float32).eval()
+    monkeypatch.setattr(shared_prefix_decode, "_by_prompt", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        shared_prefix_generate(model, *make_prompts(), NUM_GENERATIONS, max_new_tokens=2)
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_peak_memory_is_below_stock():

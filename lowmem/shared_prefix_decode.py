@@ -1,0 +1,165 @@
+"""Decoding k completions of every prompt from one copy of the prompt's keys and values.
+
+The obvious way repeats the prompt's cache k times and lets every decoding step read, and `DynamicCache` copy, all of
+it: k (P + R) tokens. Here a layer keeps n prompts and n k completions apart, P + k R tokens per prompt, and the k
+queries of a prompt meet its keys in one matrix product. One softmax runs over both parts, so this is plain attention,
+in every precision and on every device, with no kernel of its own.
+
+    layers = [decode_layer(layer, rows) for layer in prefilled.layers]  # rows: which prompt each completion continues
+    with prompts_kept_once(model, cache):
+        model.generate(..., past_key_values=cache)
+
+Shapes: n prompts, P tokens of the longest prompt, k completions of a prompt, B = n k rows, t tokens decoded so far,
+H heads, Hk key-value heads, G = H / Hk, D head size.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.masking_utils import sdpa_mask
+
+from lowmem.shared_prefix_checks import transformers_model
+
+IMPLEMENTATION = "shared_prefix_decode"  # name under which transformers finds `_attend`
+_BLOCK_TOKENS = 64  # by which the completions' keys and values grow
+_cache: ContextVar[Cache] = ContextVar("cache of the generation at hand")
+
+
+class SharedPromptLayer(CacheLayerMixin):
+    """One layer's keys and values: the prompts' (n, Hk, P, D) as they are, the completions' (B, Hk, t, D) beside them.
+
+    `update` returns the completions' part only; `_attend` adds the prompts'.
+    """
+
+    is_sliding = False
+
+    def __init__(self, prompt_keys: torch.Tensor, prompt_values: torch.Tensor):
+        super().__init__()
+        self.prompt_keys, self.prompt_values = prompt_keys, prompt_values
+        self.num_tokens = 0
+        self.num_updates = self.num_reads = 0
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states, value_states):
+        """Nothing to allocate before the first token."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        start, self.num_tokens = self.num_tokens, self.num_tokens + key_states.shape[-2]
+        self.keys = _with_room(self.keys, key_states, self.num_tokens)
+        self.values = _with_room(self.values, value_states, self.num_tokens)
+        self.keys[:, :, start : self.num_tokens] = key_states
+        self.values[:, :, start : self.num_tokens] = value_states
+        self.num_updates += 1
+        return self.keys[:, :, : self.num_tokens], self.values[:, :, : self.num_tokens]
+
+    def get_mask_sizes(self, query_length):
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self):
+        return self.prompt_keys.shape[-2] + self.num_tokens
+
+    def get_max_length(self):
+        return -1
+
+
+def _with_room(buffer: torch.Tensor | None, states: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """`buffer`, or a longer one with its contents, in which `num_tokens` fit."""
+    held = 0 if buffer is None else buffer.shape[-2]
+    if num_tokens <= held:
+        return buffer
+    num_blocks = -(-num_tokens // _BLOCK_TOKENS)
+    longer = states.new_empty(*states.shape[:-2], num_blocks * _BLOCK_TOKENS, states.shape[-1])
+    if held:
+        longer[:, :, :held] = buffer
+    return longer
+
+
+def decode_layer(layer: CacheLayerMixin, rows: torch.Tensor) -> CacheLayerMixin | None:
+    """A layer that shares the prefilled prompts among `rows` (B,), or None where it cannot.
+
+    It can where the layer keeps every token, and where `rows` continue prompts in order, k times each.
+    """
+    prompts, counts = rows.unique_consecutive(return_counts=True)
+    if type(layer) is not DynamicLayer or len(prompts.unique()) < len(prompts) or (counts != counts[0]).any():
+        return None
+    everything = len(prompts) == layer.keys.shape[0] and bool((prompts.diff() == 1).all())
+    keys, values = (layer.keys, layer.values) if everything else (layer.keys[prompts], layer.values[prompts])
+    return SharedPromptLayer(keys, values)
+
+
+def _attend(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
+    """Attention of one query token per row (B, H, 1, D) over its prompt and its own completion."""
+    if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None or query.shape[2] != 1:
+        raise NotImplementedError(
+            f"{type(module).__name__} asks for attention sinks, position biases or several tokens at once, which the "
+            "shared prefix does not decode. Pass `share_cache=False`."
+        )
+    layer = _cache.get().layers[module.layer_idx]
+    num_rows, num_kv_heads, _, head_size = key.shape
+    scaling = head_size**-0.5 if scaling is None else scaling
+    query = (query * scaling).view(num_rows, num_kv_heads, -1, head_size)  # (B, Hk, G, D)
+    scores = query @ key.transpose(-1, -2)  # (B, Hk, G, t)
+    if isinstance(layer, SharedPromptLayer):
+        layer.num_reads += 1
+        prompt_scores = _by_row(_by_prompt(query, layer) @ layer.prompt_keys.transpose(-1, -2), num_rows)
+        scores = torch.cat([prompt_scores, scores], -1)  # (B, Hk, G, P + t)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if attention_mask is not None:  # (B, 1, 1, P + t), True where a token may be seen
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+    if isinstance(layer, SharedPromptLayer):
+        prompt_weights, weights = weights.split([layer.prompt_keys.shape[-2], key.shape[-2]], -1)
+        output = _by_row(_by_prompt(prompt_weights, layer) @ layer.prompt_values, num_rows) + weights @ value
+    else:
+        output = weights @ value
+    return output.reshape(num_rows, 1, -1, value.shape[-1]), None  # (B, 1, H, D)
+
+
+def _by_prompt(rows: torch.Tensor, layer: SharedPromptLayer) -> torch.Tensor:
+    """(B, Hk, G, X) to (n, Hk, k G, X)."""
+    num_prompts = layer.prompt_keys.shape[0]
+    return rows.unflatten(0, (num_prompts, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def _by_row(prompts: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """(n, Hk, k G, X) to (B, Hk, G, X)."""
+    return prompts.unflatten(2, (num_rows // prompts.shape[0], -1)).transpose(1, 2).flatten(0, 1)
+
+
+AttentionInterface.register(IMPLEMENTATION, _attend)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def can_share_cache(model: nn.Module) -> bool:
+    """Whether the model asks transformers for its attention function, so that `_attend` is what it calls."""
+    return transformers_model(model)._can_set_attn_implementation()
+
+
+@contextmanager
+def prompts_kept_once(model: nn.Module, cache: Cache) -> Iterator[None]:
+    """Lets the model attend through `cache`, some of whose layers are `SharedPromptLayer`.
+
+    Raises:
+        RuntimeError: at the end, if a layer wrote to the cache and did not read its prompts.
+    """
+    inner = transformers_model(model)
+    usual = inner.config._attn_implementation
+    token = _cache.set(cache)
+    inner.set_attn_implementation(IMPLEMENTATION)
+    try:
+        yield
+    finally:
+        inner.set_attn_implementation(usual)
+        _cache.reset(token)
+    shared = [layer for layer in cache.layers if isinstance(layer, SharedPromptLayer)]
+    if any(layer.num_reads != layer.num_updates for layer in shared):
+        raise RuntimeError(
+            f"{type(inner).__name__} attends past the attention function it was given: its completions did not see "
+            "their prompts and are wrong. Pass `share_cache=False`."
+        )
