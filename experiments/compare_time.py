@@ -3,7 +3,8 @@
     python experiments/compare_time.py --variants baseline string-level --k 4 --workload cpu --pairs 5
 
 Every measurement is a fresh process without the live-bytes meter; its figure is the median of its steps after the
-first. Quote the ratio, not the seconds. The pairs go to `<runs>/time_pairs.json`, one entry per comparison.
+first. Quote the ratio, not the seconds. The pairs go to `<runs>/time_pairs.json`, one entry per comparison, after every
+pair; a comparison that has all its pairs, with the same settings, trees and library, is not measured again.
 """
 
 import argparse
@@ -22,6 +23,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from run_matrix import MALLOC, default_workload, workload_path  # noqa: E402
 from train import write_record  # noqa: E402
 
+import variants  # noqa: E402
+
 
 def measure(variant: str, k: int, config: Path, options: list[str]) -> dict:
     """The record of one fresh run. Raises RuntimeError if it did not end ok."""
@@ -35,6 +38,12 @@ def measure(variant: str, k: int, config: Path, options: list[str]) -> dict:
         return json.loads(path.read_text())
 
 
+def phase_medians_s(summary: dict) -> dict[str, float]:
+    """Seconds by phase: the median of the steps after the first."""
+    steps = summary["step_phase_time_s"][1:]
+    return {phase: statistics.median(step.get(phase, 0.0) for step in steps) for phase in steps[0]}
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -45,32 +54,45 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--runs", default="results/runs/local")
     args, options = parser.parse_known_args(argv)
+    a, b = args.variants
+    path = Path(args.runs) / "time_pairs.json"
     try:
         workload = args.workload or default_workload()
         config = workload_path(workload)
-        pairs = []
-        for number in range(args.pairs):
+        made_with = {
+            "options": options,
+            "trees": [variants.tree_of(variant).commit for variant in args.variants],
+        }
+        key = "/".join([workload, f"{b}_vs_{a}_k{args.k}", *(word.removeprefix("--") for word in options)])
+        entries = json.loads(path.read_text()) if path.exists() else {}
+        entry = entries.get(key)
+        stale = entry is None or any(entry.get(name) != value for name, value in made_with.items())
+        if stale or variants.lowmem_changed(entry["env"]["lowmem_sha256"]):
+            entry = {**made_with, "pairs_s": [], "phase_pairs_s": []}
+        while len(entry["pairs_s"]) < args.pairs:
             records = [measure(variant, args.k, config, options) for variant in args.variants]
-            pairs.append([record["summary"]["step_time_median_s"] for record in records])
-            print(f"pair {number + 1}/{args.pairs}: " + ", ".join(f"{t:.2f} s" for t in pairs[-1]), flush=True)
-    except (ValueError, RuntimeError) as error:
+            entry["pairs_s"].append([record["summary"]["step_time_median_s"] for record in records])
+            entry["phase_pairs_s"].append([phase_medians_s(record["summary"]) for record in records])
+            ratios = sorted(b_s / a_s for a_s, b_s in entry["pairs_s"])
+            entry |= {
+                "ratio_min": ratios[0],
+                "ratio_median": statistics.median(ratios),
+                "ratio_max": ratios[-1],
+                "tokens_per_row": [
+                    max(records[-1]["tokens"][f"{part}_tokens_per_row"]) for part in ("prompt", "completion")
+                ],
+                "env": records[-1]["env"],
+                "measured_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            }
+            entries = json.loads(path.read_text()) if path.exists() else {}
+            write_record(path, entries | {key: entry})
+            seconds = ", ".join(f"{t:.2f} s" for t in entry["pairs_s"][-1])
+            print(f"pair {len(entry['pairs_s'])}/{args.pairs}: {seconds}", flush=True)
+    except (ValueError, RuntimeError, variants.load_fork().ForkError) as error:
         print(f"compare_time.py: {error}", file=sys.stderr)
         return 1
-    ratios = sorted(b / a for a, b in pairs)
-    a, b = args.variants
-    path = Path(args.runs) / "time_pairs.json"
-    entries = json.loads(path.read_text()) if path.exists() else {}
-    entries[f"{workload}/{b}_vs_{a}_k{args.k}"] = {
-        "pairs_s": pairs,
-        "ratio_min": ratios[0],
-        "ratio_median": statistics.median(ratios),
-        "ratio_max": ratios[-1],
-        "options": options,
-        "env": records[-1]["env"],
-        "measured_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-    write_record(path, entries)
-    print(f"{b} / {a}: {ratios[0]:.2f} to {ratios[-1]:.2f}, median {statistics.median(ratios):.2f}; in {path}")
+    low, middle, high = (entry[f"ratio_{name}"] for name in ("min", "median", "max"))
+    print(f"{b} / {a}, {key}: {low:.2f} to {high:.2f}, median {middle:.2f}; in {path}")
     return 0
 
 

@@ -20,6 +20,7 @@ class RunWatch(TrainerCallback):
     Attributes:
         meter: the `LiveBytes` of the run, or None if live bytes are not counted.
         phase_time_s: seconds spent in each phase.
+        step_phase_time_s: the same, of each optimizer step.
         step_time_s: seconds of each optimizer step, generation and scoring included.
         metrics: what the trainer logged, one dict per step.
         prompts, completions: token ids per generated row of the first step, padding removed.
@@ -31,10 +32,12 @@ class RunWatch(TrainerCallback):
         self.phase = "other"
         self.phase_time_s: dict[str, float] = defaultdict(float)
         self.step_time_s: list[float] = []
+        self.step_phase_time_s: list[dict[str, float]] = []
         self.metrics: list[dict] = []
         self.prompts: list[list[int]] = []
         self.completions: list[list[int]] = []
         self.all_prompts: list[list[int]] = []
+        self._phase_time_before_step_s: dict[str, float] = {}
         self._phase_start = self._step_start = time.perf_counter()
 
     def enter(self, phase: str) -> None:
@@ -86,6 +89,9 @@ class RunWatch(TrainerCallback):
         self.enter("other")
         now = time.perf_counter()
         self.step_time_s.append(now - self._step_start)
+        before = self._phase_time_before_step_s
+        self.step_phase_time_s.append({name: t - before.get(name, 0.0) for name, t in self.phase_time_s.items()})
+        self._phase_time_before_step_s = dict(self.phase_time_s)
         self.step, self._step_start = self.step + 1, now
 
     def on_log(self, args, state, control, logs=None, **kwargs):

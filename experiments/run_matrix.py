@@ -68,7 +68,7 @@ def unfinished_reason(path: Path, command: list[str], workload: dict, commit: st
     if stage["commit"] != commit:
         return "it was made with another fork tree"
     uses_lowmem = stage["stage"].isdigit() and stage["stage"] != "0"
-    if uses_lowmem and record["env"].get("lowmem_sha256") != variants.lowmem_sha256():
+    if uses_lowmem and variants.lowmem_changed(record["env"].get("lowmem_sha256")):
         return "lowmem has changed since"
     return None
 

@@ -23,7 +23,7 @@ TAIL_BYTES = 2**16
 SUMMARY_KEYS = (
     *("live_peak_bytes", "live_peak_phase", "live_peak_bytes_by_phase", "rss_peak_bytes", "rss_start_bytes"),
     *("cuda_peak_allocated_bytes", "cuda_peak_reserved_bytes", "nvml_peak_bytes"),
-    *("step_time_s", "step_time_median_s", "phase_time_s", "metrics"),
+    *("step_time_s", "step_time_median_s", "phase_time_s", "step_phase_time_s", "metrics"),
 )
 
 

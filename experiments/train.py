@@ -114,7 +114,7 @@ def environment(stage) -> dict:
         "repo_dirty": None if changes is None else bool(changes),
         "device": torch.cuda.get_device_name(0) if cuda else "cpu",
         "driver": driver_version() if cuda else None,
-        "lowmem_sha256": variants.lowmem_sha256(),
+        "lowmem_sha256": None,
         "cpu": cpu,
         "cpu_count": os.cpu_count(),
         "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -186,6 +186,7 @@ def train(config: ExperimentConfig, stage, record: dict) -> None:
             "step_time_s": watch.step_time_s,
             "step_time_median_s": statistics.median(watch.step_time_s[1:]) if len(watch.step_time_s) > 1 else None,
             "phase_time_s": dict(watch.phase_time_s),
+            "step_phase_time_s": watch.step_phase_time_s,
             "metrics": watch.metrics,
         }
         if meter is not None:
@@ -249,6 +250,7 @@ def main(argv: list[str]) -> int:
         record["error"] = " ".join(text.split())[:1000]
         traceback.print_exc()
         print(f"train.py: {record['error']}", file=sys.stderr)
+    record["env"]["lowmem_sha256"] = variants.lowmem_sha256(variants.loaded_lowmem())
     record["wall_s"] = time.perf_counter() - start
     write_record(path, record)
     print(f"train.py: {record['status']}, record in {path}")

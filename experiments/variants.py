@@ -7,6 +7,7 @@ from somewhere else.
 import hashlib
 import importlib.util
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,12 +33,22 @@ def load_fork():
     return sys.modules["lowmem_fork"]
 
 
-def lowmem_sha256() -> str:
-    """One hash of the library's source, which decides the memory of every patched tree."""
-    digest = hashlib.sha256()
-    for path in sorted((ROOT / "lowmem").glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
+def loaded_lowmem() -> list[str]:
+    """Files of the library that this process has imported: what decides the memory and the time of a patched tree."""
+    return sorted(
+        Path(module.__file__).name for name, module in list(sys.modules.items()) if name.partition(".")[0] == "lowmem"
+    )
+
+
+def lowmem_sha256(files: Iterable[str]) -> dict[str, str | None]:
+    """Hash by file of the library's source; None for a file that is not there."""
+    paths = {name: ROOT / "lowmem" / name for name in files}
+    return {n: hashlib.sha256(p.read_bytes()).hexdigest() if p.exists() else None for n, p in paths.items()}
+
+
+def lowmem_changed(recorded: dict[str, str] | None) -> bool:
+    """Whether the library's files that a run used are not what they were; `recorded` is its `lowmem_sha256`."""
+    return not isinstance(recorded, dict) or lowmem_sha256(recorded) != recorded
 
 
 def split_variant(variant: str) -> tuple[str, str]:

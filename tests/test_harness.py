@@ -278,7 +278,10 @@ def test_finished_runs_are_skipped_and_others_are_made_again(tmp_path):
     assert reason(env={"tree": {"commit": "other", "stage": "0"}}) == "it was made with another fork tree"
     patched = {"tree": {"commit": commit, "stage": "5"}, "lowmem_sha256": "other"}
     assert reason(env=patched) == "lowmem has changed since"
-    assert reason(env=patched | {"lowmem_sha256": variants.lowmem_sha256()}) is None
+    files = ["logprobs.py", "live_bytes.py"]
+    assert reason(env=patched | {"lowmem_sha256": variants.lowmem_sha256(files)}) is None
+    gone = {"lowmem_sha256": {"no_such_file.py": "0"}}
+    assert reason(env=patched | gone) == "lowmem has changed since"
     assert reason(status="oom", config=None) is None, "ended by the kernel, without a record of its own"
     exhibit = {"tree": {"commit": commit, "stage": "as-published"}}
     assert reason(status="error", env=exhibit, summary={"step_time_s": [1.0]}) is None
