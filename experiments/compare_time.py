@@ -3,8 +3,8 @@
     python experiments/compare_time.py --variants baseline string-level --k 4 --workload cpu --pairs 5
 
 Every measurement is a fresh process without the live-bytes meter; its figure is the median of its steps after the
-first. Quote the ratio, not the seconds. The pairs go to `<runs>/time_pairs.json`, one entry per comparison, after every
-pair; a comparison that has all its pairs, with the same settings, trees and library, is not measured again.
+first. Quote the ratio, not the seconds. The pairs go to `<runs>/time_pairs.json`, one entry per comparison, as soon as
+they are measured; pairs that were made with the same settings, trees and library are not measured again.
 """
 
 import argparse

@@ -52,7 +52,7 @@ class ExperimentConfig:
     temperature: float = _setting(0.7, "of sampling and of the log-probabilities")
     gradient_checkpointing: bool = _setting(False, "recompute activations in the backward")
     logprob_chunk_tokens: int = _setting(8, "string-level: tokens whose logits are computed at once")
-    rows_per_forward: int = _setting(1, "string-level: rows that a training or scoring forward holds at once")
+    rows_per_forward: int = _setting(1, "string-level, shared-prefix: rows that a forward holds at once")
     seed: int = _setting(0, "of data order and sampling")
 
     budget_gib: Optional[float] = _setting(None, "memory that the run may use, GiB; an out-of-memory is recorded")
@@ -79,6 +79,11 @@ class ExperimentConfig:
             raise ValueError(
                 f"rows_per_micro_batch is {self.rows_per_micro_batch}; it must divide the {self.rows_per_step} rows "
                 f"of a step (rloo_k {self.rloo_k} x prompts_per_step {self.prompts_per_step})"
+            )
+        if self.variant.startswith("shared-prefix") and self.rows_per_step % self.rows_per_forward:
+            raise ValueError(
+                f"rows_per_forward is {self.rows_per_forward}; with shared-prefix it must divide the "
+                f"{self.rows_per_step} rows of a step"
             )
         if self.dtype not in ("float32", "bfloat16", "float64"):
             raise ValueError(f"dtype is {self.dtype!r}; known: float32, bfloat16, float64")

@@ -23,7 +23,8 @@ def lora_config(config: ExperimentConfig):
 
 def training_arguments(config: ExperimentConfig) -> dict:
     """What both trees' configs take by the same name."""
-    rows = config.rows_per_micro_batch or config.rows_per_step
+    shared_prefix = config.variant.startswith("shared-prefix")
+    rows = config.rows_per_micro_batch or (config.rows_per_forward if shared_prefix else config.rows_per_step)
     return dict(
         output_dir=tempfile.mkdtemp(prefix="rloo-"),
         per_device_train_batch_size=rows,
