@@ -28,6 +28,7 @@ from visualization.charts_over_time import (
     learning_needs,
     load_timeline,
 )
+from visualization.charts_shared_prefix import shared_prefix
 from visualization.combine_memory_data import (
     RecordError,
     combine,
@@ -47,6 +48,7 @@ from visualization.comparison import (
     workloads,
 )
 from visualization.results_table import write_table
+from visualization.shared_prefix_table import read_time_ratios, read_training_peaks, write_shared_prefix_table
 
 
 def read_expected(path: Path) -> list[str]:
@@ -104,6 +106,17 @@ def create_charts(records: list[dict], out: Path, workload: str | None, patch_na
     return not_drawn
 
 
+def create_shared_prefix_charts(runs_dir: Path, out: Path) -> list[str]:
+    """The table and the chart of the shared prefix; returns a line if its measurements are not there."""
+    peaks, times = read_training_peaks(runs_dir), read_time_ratios(runs_dir)
+    if peaks.empty or times.empty:
+        needed = "training_peaks.csv and time_pairs.json (experiments/training_peaks.py, experiments/compare_time.py)"
+        return [f"not drawn: shared_prefix: needs {needed} in {runs_dir}"]
+    write_shared_prefix_table(peaks, times, out)
+    style.save(shared_prefix(peaks, times), out / "shared_prefix.png")
+    return []
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, required=True, help="folder of one set: results/runs/<set>")
@@ -120,6 +133,7 @@ def main(argv: list[str] | None = None) -> None:
         expected = expected_runs(records) if args.expect is None else read_expected(args.expect)
         require_expected(records, expected, args.runs)
         not_drawn = create_charts(records, args.out, args.workload, patch_names)
+        not_drawn += create_shared_prefix_charts(args.runs, args.out)
     except RecordError as error:
         raise SystemExit(f"error: {error}") from error
     print(f"{len(records)} runs -> {args.out}")

@@ -110,7 +110,10 @@ def provenance(records: list[dict]) -> str:
 def headed_figure(question: str, records: list[dict], height_in: float, note: str = "", alarm: str = "") -> Figure:
     """An empty figure under its question, an alarm if any, the provenance of its runs and a note on how to read it."""
     figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
-    lines = [(alarm, ALARM, TEXT_PT + 1, "bold", 110), (provenance(records), MUTED, SMALL_PT, "normal", 146)]
+    lines = [
+        (alarm, ALARM, TEXT_PT + 1, "bold", 110),
+        (provenance(records) if records else "", MUTED, SMALL_PT, "normal", 146),
+    ]
     lines.append((note, MUTED, SMALL_PT, "normal", 146))
     down_in = 0.12
     figure.text(0.012, 1 - down_in / height_in, question, fontsize=TITLE_PT, fontweight="bold", va="top")

@@ -1,0 +1,48 @@
+"""Training peaks on fake tensors are those of real ones, and the shared prefix is flat in k."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
+
+import training_peaks  # noqa: E402
+
+from config import ExperimentConfig  # noqa: E402
+
+SMALL = {"vocab_size": 8192, "hidden_size": 32, "intermediate_size": 64, "prompt_tokens": 96, "response_tokens": 24}
+
+
+def peak(k: int, way: str, real: bool = False, **settings) -> int:
+    return training_peaks.peak_live_bytes(ExperimentConfig(**SMALL, **settings), k, way, real)[0]
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("way", training_peaks.WAYS)
+def test_fake_tensors_have_the_peak_of_real_ones(way, gradient_checkpointing):
+    settings = {"gradient_checkpointing": gradient_checkpointing}
+    assert peak(3, way, **settings) == pytest.approx(peak(3, way, real=True, **settings), rel=0.001)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True], ids=["", "checkpointing"])
+def test_only_k_copies_at_once_grow_with_k(gradient_checkpointing):
+    settings = {"gradient_checkpointing": gradient_checkpointing}
+    growth = {way: peak(16, way, **settings) / peak(2, way, **settings) for way in training_peaks.WAYS}
+    assert growth["shared"] <= 1.05 and growth["row by row"] <= 1.05
+    assert growth["all rows"] > 1.1
+
+
+def test_writes_one_row_per_setting(tmp_path):
+    out = tmp_path / "new" / "peaks.csv"
+    assert training_peaks.main(["--workloads", "cpu", "--k", "2", "--ways", "shared", "--out", str(out)]) == 0
+    rows = list(csv.DictReader(out.open()))
+    assert [row["gradient_checkpointing"] for row in rows] == ["False", "True"]
+    assert rows[0]["prompt_tokens"] == "512" and int(rows[0]["peak_live_bytes"]) > 0
+    assert float(rows[0]["prompt_copies_over_shared_tokens"]) == pytest.approx(2 * 565 / (512 + 106), abs=1e-3)
+
+
+def test_an_unknown_workload_is_named(capsys):
+    assert training_peaks.main(["--workloads", "nope"]) == 1
+    assert "unknown workload 'nope'; known:" in capsys.readouterr().err

@@ -1,0 +1,119 @@
+"""What the shared prefix saves, as a table: training peaks over k and paired step times beside the token ratio.
+
+Reads two files of a set of runs: `training_peaks.csv` (experiments/training_peaks.py) and the pairs of the variant
+shared-prefix in `time_pairs.json` (experiments/compare_time.py).
+"""
+
+import json
+import statistics
+from pathlib import Path
+
+import pandas as pd
+
+from visualization.combine_memory_data import GIB, write_atomically, write_csv
+from visualization.results_table import markdown_rows
+from visualization.style import three_digits
+
+VARIANT = "shared-prefix"
+TRAIN_PHASES = ("train_forward", "train_backward")
+NOTES = """
+- Peaks: live tensor bytes of one training forward and backward of one prompt with k completions, weights and
+  gradients included (experiments/training_peaks.py, fake tensors; the same chunked LM head in all three ways, on the
+  rows of the completions). Growth: peak(k = 64) / peak(k = 2).
+- Times: whole optimizer steps of the two trainers in turn, each in a fresh process, without the meter
+  (experiments/compare_time.py); how many times less time the shared prefix takes, over all pairs. Token ratio:
+  k (P + R) / (P + k R), what computing every prompt token once can save at most where time goes by tokens.
+- `upstream@1` is TRL v1.16.0 with its LM head on the completions' rows, `-mb1` one row per micro-batch.
+"""
+
+
+def read_training_peaks(runs_dir: Path) -> pd.DataFrame:
+    """One row per workload, k, checkpointing and way; empty where the file is not there."""
+    path = runs_dir / "training_peaks.csv"
+    return pd.read_csv(path) if path.exists() else pd.DataFrame()
+
+
+def token_ratio(prompt_tokens: int, completion_tokens: int, k: int) -> float:
+    """k (P + R) / (P + k R)."""
+    return k * (prompt_tokens + completion_tokens) / (prompt_tokens + k * completion_tokens)
+
+
+def read_time_ratios(runs_dir: Path) -> pd.DataFrame:
+    """One row per comparison with the shared prefix: how many times less time, whole step and by phase.
+
+    Columns: workload, peer, k, checkpointing, prompt_tokens, completion_tokens, token_ratio, pairs, device, step,
+    step_min, step_max, generate, score, train. Empty where there are none.
+    """
+    path = runs_dir / "time_pairs.json"
+    entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    rows = []
+    for key, entry in entries.items():
+        workload, comparison, *options = key.split("/")
+        ours, _, rest = comparison.partition("_vs_")
+        peer, _, k = rest.rpartition("_k")
+        if ours != VARIANT:
+            continue
+        prompt_tokens, completion_tokens = entry["tokens_per_row"]
+        phases = {}
+        for name, parts in (("generate", ("generate",)), ("score", ("score",)), ("train", TRAIN_PHASES)):
+            sums = [[sum(run[part] for part in parts) for run in pair] for pair in entry["phase_pairs_s"]]
+            phases[name] = statistics.median(theirs / ours for theirs, ours in sums)
+        rows.append(
+            {
+                "workload": workload,
+                "peer": peer,
+                "k": int(k),
+                "checkpointing": "gradient_checkpointing" in options,
+                "prompt_tokens": prompt_tokens,
+                "completion_tokens": completion_tokens,
+                "token_ratio": token_ratio(prompt_tokens, completion_tokens, int(k)),
+                "pairs": len(entry["pairs_s"]),
+                "device": entry["env"]["device"],
+                "step": 1 / entry["ratio_median"],
+                "step_min": 1 / entry["ratio_max"],
+                "step_max": 1 / entry["ratio_min"],
+                **phases,
+            }
+        )
+    frame = pd.DataFrame(rows)
+    return frame.sort_values(["workload", "checkpointing", "peer", "k"]) if rows else frame
+
+
+def peaks_markdown(peaks: pd.DataFrame) -> str:
+    """One row per workload, checkpointing and way, a column per k, in GiB."""
+    ks = sorted(peaks["k"].unique())
+    header = ["workload", "tokens", "checkpointing", "way", *(f"k = {k}" for k in ks), "growth"]
+    rows = []
+    for (workload, checkpointing), part in peaks.groupby(["workload", "gradient_checkpointing"], sort=False):
+        tokens = f"{part['prompt_tokens'].iloc[0]:,} + {part['completion_tokens'].iloc[0]:,}"
+        for way, mine in part.groupby("way", sort=False):
+            by_k = mine.set_index("k")["peak_live_bytes"]
+            cells = [three_digits(by_k[k] / GIB) for k in ks]
+            growth = f"{by_k[ks[-1]] / by_k[ks[0]]:.3f}"
+            rows.append([workload, tokens, "on" if checkpointing else "off", way, *cells, growth])
+    return markdown_rows(header, rows)
+
+
+def times_markdown(times: pd.DataFrame) -> str:
+    header = ["workload", "tokens", "k", "checkpointing", "against", "pairs", "token ratio"]
+    header += ["step", "generation", "scoring", "training"]
+    rows = []
+    for row in times.itertuples():
+        span = f" ({row.step_min:.2f} to {row.step_max:.2f})" if row.pairs > 1 else ""
+        cells = [row.workload, f"{row.prompt_tokens:,} + {row.completion_tokens:,}", str(row.k)]
+        cells += ["on" if row.checkpointing else "off", row.peer, str(row.pairs), f"{row.token_ratio:.2f}"]
+        cells += [f"{row.step:.2f}{span}", *(f"{value:.2f}" for value in (row.generate, row.score, row.train))]
+        rows.append(cells)
+    return markdown_rows(header, rows)
+
+
+def write_shared_prefix_table(peaks: pd.DataFrame, times: pd.DataFrame, out: Path) -> None:
+    """Writes shared_prefix.md, and shared_prefix_times.csv beside it."""
+    parts = ["# Shared prefix\n"]
+    if not peaks.empty:
+        parts += ["## Training peak, GiB\n", peaks_markdown(peaks)]
+    if not times.empty:
+        parts += ["## How many times less time\n", times_markdown(times)]
+        write_csv(times, out / "shared_prefix_times.csv")
+    text = "\n".join(parts) + NOTES
+    write_atomically(out / "shared_prefix.md", lambda target: target.write_text(text, encoding="utf-8"))
