@@ -120,8 +120,8 @@ def shared_prefix_backward(
     (rows, tokens of the whole step), never by what is in front of it. Groups run one after the other. The peak is one
     prompt's graph, plus its keys and values and their gradients, plus one micro-batch; it does not depend on k.
 
-    With DDP, FSDP2 or DeepSpeed ZeRO-2 give the wrapper: the gradients (DeepSpeed keeps its own) are then averages over
-    ranks, see `lowmem.shared_prefix_distributed`.
+    With DDP, FSDP2 or DeepSpeed ZeRO-2 give the wrapper: the gradients (DeepSpeed keeps its own) are then averages
+    over ranks, see `lowmem.shared_prefix_distributed`.
 
     Args:
         loss_fn: scores of m completions to a scalar with a gradient.
@@ -178,7 +178,7 @@ def shared_prefix_scores(
     Equals `score(model, [[prompt, c] for prompt, completions in groups for c in completions])`. Arguments and errors
     are those of `shared_prefix_backward`.
     """
-    module = without_wrapper(model)
+    module = without_wrapper(model, gradients=False)
     if self_check:
         _check_on_first_use(module, groups, branch_forward, gradients=False)
 

@@ -10,7 +10,7 @@ gets the recipe that equals one process:
     FSDP2   every backward reduces its shards. Each forward gathers weights, so ranks agree on the number of forwards
             beforehand and idle ranks run a branch with a loss of zero; the prompt's backward enters through the
             model's output, which gathers the last layer.
-    ZeRO-2  forwards and backwards run on the module inside `engine.coalesce_grad_reduction()`, as with DDP. Until the
+    ZeRO-2  forwards and backwards run on the module while the engine reduces nothing, as with DDP. Until the
             end every rank holds all gradients; afterwards its part.
 
 `shared_prefix_backward(wrapper, ...)` does it by itself. Several calls before one optimizer step share a block:
@@ -54,25 +54,25 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def without_wrapper(model: nn.Module) -> nn.Module:
+def without_wrapper(model: nn.Module, *, gradients: bool = True) -> nn.Module:
     """The module on which prompt and branches run: that inside DDP or DeepSpeed, else the model itself.
 
     Raises:
         NotImplementedError: if the wrapper has no exact recipe; says why and what to do.
     """
-    reasons = _why_no_recipe(model)
+    reasons = _why_no_forward(model) + (_why_no_reduction(model) if gradients else [])
     if reasons:
         raise NotImplementedError("The shared prefix would not be exact here. " + " ".join(reasons))
     is_wrapper = isinstance(model, DistributedDataParallel) or is_deepspeed_engine(model)
     return model.module if is_wrapper else model
 
 
-def _why_no_recipe(model: nn.Module) -> list[str]:
+def _why_no_forward(model: nn.Module) -> list[str]:
     reasons = []
     inside = {type(module) for module in model.modules() if module is not model}
     if any(issubclass(kind, (FullyShardedDataParallel, DataParallel)) for kind in (*inside, type(model))):
         reasons.append(
-            "FSDP1 and DataParallel bind parameters to one forward and backward at a time. Use FSDP2 (`fully_shard`) "
+            "FSDP1 and DataParallel tie parameters to one forward and backward at a time. Use FSDP2 (`fully_shard`) "
             "or DDP."
         )
     if any(issubclass(kind, DistributedDataParallel) for kind in inside):
@@ -81,40 +81,44 @@ def _why_no_recipe(model: nn.Module) -> list[str]:
         reasons.append("Modules inside are sharded by FSDP2, the model is not. Call `fully_shard(model)` on it too.")
     if not is_sharded(model) and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         reasons.append("Parameters are distributed otherwise than by FSDP2 (tensor parallel?). Use FSDP2 or DDP.")
-    if isinstance(model, DistributedDataParallel) and model._comm_hooks:
-        reasons.append("DDP has a communication hook, which would be ignored. Do without `register_comm_hook`.")
     if isinstance(model, DistributedDataParallel) and model.mixed_precision is not None:
         reasons.append("DDP's `mixed_precision` would be ignored. Use autocast, or load the model in that precision.")
-    if is_deepspeed_engine(model):
-        reasons += _why_no_engine_recipe(model)
+    if is_deepspeed_engine(model) and model.zero_optimization_stage() == 3:
+        reasons.append(
+            "DeepSpeed ZeRO-3 releases a layer's weights when a backward has passed it, but the prompt's graph still "
+            "needs them. Use ZeRO-2 (with `offload_optimizer` if memory is short) or FSDP2."
+        )
+    if is_deepspeed_engine(model) and model.torch_autocast_enabled():
+        reasons.append("DeepSpeed's `torch_autocast` acts in the engine's forward, which is not called. Use `bf16`.")
     return reasons
 
 
-def _why_no_engine_recipe(engine) -> list[str]:
+def _why_no_reduction(model: nn.Module) -> list[str]:
+    if isinstance(model, DistributedDataParallel) and model._comm_hooks:
+        return ["DDP has a communication hook, which would be ignored. Do without `register_comm_hook`."]
+    if not is_deepspeed_engine(model):
+        return []
     reasons = []
-    stage = int(engine.zero_optimization_stage())
-    if stage == 3:
-        reasons.append(
-            "DeepSpeed ZeRO-3 releases a layer's weights when a backward has passed it, while the prompt's graph "
-            "still needs them. Use ZeRO-2 (with `offload_optimizer` if memory is short) or FSDP2."
-        )
-    elif stage != 2:
+    stage = int(model.zero_optimization_stage())
+    if stage < 2:
         reasons.append(f"DeepSpeed runs ZeRO stage {stage}, for which no recipe is tested. Use ZeRO-2, or plain DDP.")
-    if engine.fp16_enabled():
-        reasons.append("DeepSpeed scales an fp16 loss inside `engine.backward`, which is not called. Use bf16.")
-    if engine.torch_autocast_enabled():
-        reasons.append("DeepSpeed's `torch_autocast` acts in the engine's forward, which is not called. Use `bf16`.")
-    if not engine.managed_gradient_accumulation():
+    elif not hasattr(model.optimizer, "_coalesce_grad_reduction"):
+        reasons.append(
+            "This DeepSpeed or its optimizer cannot put off the reduction. Use DeepSpeed 0.19.8 and ZeRO-2."
+        )
+    if model.fp16_enabled():
+        reasons.append("DeepSpeed scales an fp16 loss inside `engine.backward`, which is not called. Use `bf16`.")
+    if not model.managed_gradient_accumulation():
         reasons.append("DeepSpeed's `managed_gradient_accumulation` is false. Leave it at true.")
     return reasons
 
 
 @contextmanager
 def reduce_once(model: nn.Module) -> Iterator[nn.Module]:
-    """All backwards of an optimizer step go inside; after the block `.grad` is what one process would have, averaged.
+    """All backwards of an optimizer step go inside; after the block gradients are averaged over ranks.
 
     With one process, and with FSDP2, which reduces every backward, the block does nothing. Under `ddp.no_sync()` the
-    reduction is left out, as DDP does.
+    reduction is left out, as DDP does. When an exception leaves the block nothing is reduced.
 
     Yields:
         The module to call inside the block, in the place of `model`.
@@ -135,20 +139,26 @@ def reduce_once(model: nn.Module) -> Iterator[nn.Module]:
     is_engine = is_deepspeed_engine(model)
     if is_engine:
         _refuse_lost_engine_steps(model)
-    with model.coalesce_grad_reduction() if is_engine else nullcontext():
-        try:
-            with gradients_stay_local(module):
-                yield module
-        except BaseException:
-            if is_engine:
-                module.zero_grad(set_to_none=True)  # DeepSpeed reduces on the way out, where no other rank may be
-            raise
-        if is_engine:
-            _agree_on_gradients(list(module.parameters()), model.data_parallel_group)
-            _steps_at_reduction[model] = model.micro_steps
-        elif model.require_backward_grad_sync:
-            ignored = model.parameters_to_ignore
-            _average([p for name, p in module.named_parameters() if name not in ignored], model.process_group)
+    with _engine_keeps_gradients(model) if is_engine else nullcontext(), gradients_stay_local(module):
+        yield module
+    if is_engine:
+        _agree_on_gradients(list(module.parameters()), model.data_parallel_group)
+        with model.coalesce_grad_reduction():
+            pass  # reduces what the parameters hold
+        _steps_at_reduction[model] = model.micro_steps
+    elif model.require_backward_grad_sync:
+        ignored = model.parameters_to_ignore
+        _average([p for name, p in module.named_parameters() if name not in ignored], model.process_group)
+
+
+@contextmanager
+def _engine_keeps_gradients(engine) -> Iterator[None]:
+    """`engine.coalesce_grad_reduction()` without its reduction at the end, which would hang if only one rank fails."""
+    engine.inside_no_sync_ctxt = engine.optimizer._coalesce_grad_reduction = True
+    try:
+        yield
+    finally:
+        engine.inside_no_sync_ctxt = engine.optimizer._coalesce_grad_reduction = False
 
 
 @contextmanager
@@ -190,9 +200,9 @@ def _refuse_lost_engine_steps(engine) -> None:
         )
     if not engine.is_gradient_accumulation_boundary():
         raise RuntimeError(
-            "`engine.step()` would not update the weights: DeepSpeed waits for "
-            f"{engine.gradient_accumulation_steps()} steps, where the shared prefix needs one. Set `gradient_accumulation_steps` to 1 in DeepSpeed's "
-            "configuration, or call `engine.set_gradient_accumulation_boundary(True)`."
+            f"DeepSpeed's `gradient_accumulation_steps` is {engine.gradient_accumulation_steps()}: `engine.step()` "
+            "would not update the weights, but the shared prefix takes all backwards of a step at once. Set it to 1, "
+            "or call `engine.set_gradient_accumulation_boundary(True)`."
         )
 
 
