@@ -263,7 +263,7 @@ def check_shared_prefix(
         SharedPrefixMismatch: if an error exceeds its tolerance or is not finite, or if a gradient is missing.
         NotImplementedError, RuntimeError: see `SharedPrompt`.
     """
-    prompt_ids = group.prompt_ids
+    model, prompt_ids = without_wrapper(model), group.prompt_ids
     completions = [ids[:max_completion_tokens] for ids in group.completions[:max_completions]]
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(len(ids), generator=generator).to(prompt_ids.device) for ids in completions]

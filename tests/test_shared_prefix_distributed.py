@@ -190,6 +190,7 @@ def steps_of_rank(case: dict) -> dict[str, torch.Tensor]:
     groups, loss_fn = rank_loss(case)
     is_engine = case["engine"] == "zero2"
     model = make_engine(case, build(case)) if is_engine else wrap(case, build(case))
+    assert all(isinstance(parameter, DTensor) == (case["engine"] == "fsdp2") for parameter in model.parameters())
     optimizer = None if is_engine else torch.optim.AdamW(trainable(model), **ADAM)
     result = {}
     with torch.no_grad():
@@ -368,11 +369,13 @@ def errors(name: str, case: dict, tensors: list[dict]) -> list[float]:
             reference = reference_steps(case)
     else:
         reference = reference_steps(case)
-    found = [{key.partition("/")[2]: t for key, t in of.items() if key.startswith(f"{name}/")} for of in tensors]
-    assert found[0].keys() == found[1].keys() == reference.keys()
-    return [
-        max(((ours[k] - r).abs() / r.abs().clamp(min=1)).max().item() for k, r in reference.items()) for ours in found
-    ]
+    by_rank = []
+    for of_rank in tensors:
+        ours = {key.partition("/")[2]: tensor for key, tensor in of_rank.items() if key.startswith(f"{name}/")}
+        assert ours.keys() == reference.keys()
+        by_rank.append(max(((ours[k] - r).abs() / r.abs().clamp(min=1)).max().item() for k, r in reference.items()))
+    print(f"{name}: {by_rank[0]:.1e} {by_rank[1]:.1e}")
+    return by_rank
 
 
 @pytest.mark.parametrize("name", TORCH_CASES)
