@@ -26,8 +26,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lowmem.shared_prefix_checks import checkpointing_is_active, transformers_model
+from lowmem.shared_prefix_distributed import (
+    agree_on_micro_batches,
+    gradients_stay_local,
+    least_of_ranks,
+    reduce_once,
+    reshard,
+    without_wrapper,
+)
 from lowmem.shared_prefix_prompt import BranchForward, SharedPrompt, score_logits
 
 BRANCH_TOKENS = 1024  # of a micro-batch: enough work for one pass over the weights
@@ -111,6 +120,9 @@ def shared_prefix_backward(
     (rows, tokens of the whole step), never by what is in front of it. Groups run one after the other. The peak is one
     prompt's graph, plus its keys and values and their gradients, plus one micro-batch; it does not depend on k.
 
+    With DDP, FSDP2 or DeepSpeed ZeRO-2 give the wrapper: the gradients (DeepSpeed keeps its own) are then averages
+    over ranks, see `lowmem.shared_prefix_distributed`.
+
     Args:
         loss_fn: scores of m completions to a scalar with a gradient.
         max_branch_tokens: most tokens, padding included, of a micro-batch; a longer completion runs alone.
@@ -124,12 +136,11 @@ def shared_prefix_backward(
         The loss (a scalar) and the scores of all N completions in the order given, both without a graph.
 
     Raises:
-        NotImplementedError, RuntimeError: see `SharedPrompt`.
-        ValueError: if `loss_fn` returns something else than a scalar with a gradient, or a limit is below 1.
+        NotImplementedError, RuntimeError: see `SharedPrompt` and `reduce_once`.
+        ValueError: if there is no group, if `loss_fn` returns something else than a scalar with a gradient, or a limit
+            is below 1.
         SharedPrefixMismatch: see `check_shared_prefix`.
     """
-    if self_check:
-        _check_on_first_use(model, groups, branch_forward, gradients=True)
 
     def train(scores: BranchScores) -> torch.Tensor:
         loss = loss_fn(scores)
@@ -141,9 +152,14 @@ def shared_prefix_backward(
         backward(loss)
         return loss.detach()
 
-    losses, scores = _run(
-        model, groups, train, max_branch_tokens, max_branches, branch_forward, prompt_backward=prompt_backward
-    )
+    def idle(logps: torch.Tensor) -> None:
+        backward((logps * 0).sum())
+
+    with reduce_once(model) as module:
+        if self_check:
+            _check_on_first_use(module, groups, branch_forward, gradients=True)
+        limits = max_branch_tokens, max_branches
+        losses, scores = _run(module, groups, train, idle, limits, branch_forward, prompt_backward=prompt_backward)
     return torch.stack(losses).sum(), scores
 
 
@@ -162,21 +178,36 @@ def shared_prefix_scores(
     Equals `score(model, [[prompt, c] for prompt, completions in groups for c in completions])`. Arguments and errors
     are those of `shared_prefix_backward`.
     """
+    module = without_wrapper(model, gradients=False)
     if self_check:
-        _check_on_first_use(model, groups, branch_forward, gradients=False)
-    return _run(model, groups, lambda scores: None, max_branch_tokens, max_branches, branch_forward)[1]
+        _check_on_first_use(module, groups, branch_forward, gradients=False)
+
+    def nothing(scores):
+        pass
+
+    return _run(module, groups, nothing, nothing, (max_branch_tokens, max_branches), branch_forward)[1]
 
 
-def _run(model, groups, consume, max_branch_tokens, max_branches, branch_forward, **prompt_options):
-    """Scores every group in micro-batches, hands each to `consume`; returns what that returned, and all scores."""
+def _run(model, groups, consume, idle, limits, branch_forward, **prompt_options):
+    """Scores every group in micro-batches, hands each to `consume`; returns what that returned, and all scores.
+
+    Where ranks must run the same forwards, one with no micro-batch left hands log-probabilities of a completion to
+    `idle`.
+    """
+    if not groups:
+        raise ValueError("no groups: every rank needs at least one, if only with a loss multiplied by zero")
     device = groups[0].prompt_ids.device
     lengths = [len(ids) for group in groups for ids in group.completions]
     mask = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]  # (N, R)
     everything = BranchScores(torch.arange(len(lengths), device=device), None, None, mask)
+    plan = [micro_batches([len(ids) for ids in group.completions], *limits) for group in groups]
+    has_prefix = [len(group.prompt_ids) > 1 for group in groups]
+    num_batches = agree_on_micro_batches(model, [len(batches) for batches in plan], has_prefix, device)
     results, first_row = [], 0
-    for group in groups:
+    for place, num in enumerate(num_batches):
+        group, batches = (groups[place], plan[place]) if place < len(groups) else (groups[-1], [])
         with SharedPrompt(model, group.prompt_ids, **prompt_options) as prompt:
-            for batch in micro_batches([len(ids) for ids in group.completions], max_branch_tokens, max_branches):
+            for batch in batches:
                 logps, entropies, branch_mask = prompt.score([group.completions[i] for i in batch], branch_forward)
                 scores = BranchScores(torch.tensor(batch, device=device) + first_row, logps, entropies, branch_mask)
                 results.append(consume(scores))
@@ -188,6 +219,8 @@ def _run(model, groups, consume, max_branch_tokens, max_branches, branch_forward
                         setattr(everything, name, part.new_zeros(mask.shape, requires_grad=False))
                     getattr(everything, name)[scores.rows, : part.shape[1]] = part.detach()
                 del logps, entropies, scores, part  # the graph, where `consume` ran no backward
+            for _ in range(num - len(batches)):
+                idle(prompt.score([min(group.completions, key=len)], branch_forward)[0])
         first_row += len(group.completions)
     return results, everything
 
@@ -220,7 +253,7 @@ def check_shared_prefix(
 
     The plain way runs `[prompt, completion]` one at a time, with the same `branch_forward`. The loss is the
     log-probabilities times fixed random weights. Leaves `.grad` and the random state as they were; holds two sets of
-    gradients on the CPU.
+    gradients on the CPU. With FSDP2 all ranks call it with as many completions, and each looks at its shards.
 
     Returns:
         `logp_error_max`, `logp_error_mean` (nats) and `grad_error` (norm of the difference over the norm, of all
@@ -230,7 +263,7 @@ def check_shared_prefix(
         SharedPrefixMismatch: if an error exceeds its tolerance or is not finite, or if a gradient is missing.
         NotImplementedError, RuntimeError: see `SharedPrompt`.
     """
-    prompt_ids = group.prompt_ids
+    model, prompt_ids = without_wrapper(model), group.prompt_ids
     completions = [ids[:max_completion_tokens] for ids in group.completions[:max_completions]]
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(len(ids), generator=generator).to(prompt_ids.device) for ids in completions]
@@ -254,12 +287,14 @@ def check_shared_prefix(
             rows.append(backward(branch_forward(model, inputs, ids[None])[0][0], weight))
         return torch.cat(rows)
 
+    reshard(model)
     kept = {name: parameter.grad for name, parameter in model.named_parameters()}
     try:
-        with torch.set_grad_enabled(gradients):
+        with torch.set_grad_enabled(gradients), gradients_stay_local(model):
             (shared_logps, dtype), shared_grads = _with_gradients(model, shared)
             plain_logps, plain_grads = _with_gradients(model, plain)
     finally:
+        reshard(model)
         for name, parameter in model.named_parameters():
             parameter.grad = kept[name]
     return _compare(shared_logps, plain_logps, shared_grads, plain_grads, dtype)
@@ -268,7 +303,9 @@ def check_shared_prefix(
 def _with_gradients(model, run):
     model.zero_grad(set_to_none=True)
     result = run()
-    return result, {name: p.grad.to("cpu") for name, p in model.named_parameters() if p.grad is not None}
+    reshard(model)
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return result, {name: (g.to_local() if isinstance(g, DTensor) else g).to("cpu") for name, g in grads.items()}
 
 
 def _compare(shared_logps, plain_logps, shared_grads, plain_grads, dtype) -> dict[str, float]:
@@ -311,6 +348,10 @@ def _check_on_first_use(model, groups, branch_forward, gradients) -> None:
     )
     passed = _checked.setdefault(model, set())
     shared = [group for group in groups if len(group.prompt_ids) > 1]  # one token leaves nothing to share
-    if shared and mode not in passed:
-        check_shared_prefix(model, shared[0], branch_forward=branch_forward, gradients=gradients)
+    if not groups or mode in passed:
+        return
+    num = min(2, len(shared[0].completions)) if shared else 0
+    num = least_of_ranks(model, num, groups[0].prompt_ids.device)
+    if num:
+        check_shared_prefix(model, shared[0], branch_forward=branch_forward, gradients=gradients, max_completions=num)
         passed.add(mode)

@@ -10,6 +10,7 @@ looked for in the configuration and in the modules, and refused with the reason 
 """
 
 import functools
+from collections.abc import Iterable
 
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
@@ -210,6 +211,6 @@ def _refuse(reasons: list[str]) -> None:
         raise NotImplementedError("The shared prefix would not be exact here. " + " ".join(reasons))
 
 
-def weight_versions(model: nn.Module) -> list[tuple[int, bool]]:
+def weight_versions(parameters: Iterable[nn.Parameter]) -> list[tuple[int, bool]]:
     """What changes when a weight is written in place, or when an adapter is switched on or off."""
-    return [(parameter._version, parameter.requires_grad) for parameter in model.parameters()]
+    return [(parameter._version, parameter.requires_grad) for parameter in parameters]

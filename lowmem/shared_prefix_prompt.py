@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowmem.shared_prefix_checks import refuse_inexact, refuse_inexact_lengths, transformers_model, weight_versions
+from lowmem.shared_prefix_distributed import is_sharded, refuse_unreduced, reshard
 
 # (model, inputs, labels) -> log-probabilities (m, R) and entropies (m, R) or None. `inputs` go to the model's forward
 # as they are; `labels` (m, R) belong to the last R positions of `input_ids`, one to one, and are -100 on padding.
@@ -149,7 +150,8 @@ class SharedPrompt:
     and `score` only scores. The block ends without a backward when an exception leaves it.
 
     Args:
-        model: a transformers causal LM, also inside PEFT or DDP.
+        model: a transformers causal LM, also inside PEFT, or sharded by FSDP2; with DDP and DeepSpeed the module
+            inside, see `lowmem.shared_prefix_distributed`.
         prompt_ids: (P,), int64.
         prompt_backward: `(tensors, gradients)`, the last stage. The gradients contain every scaling that the losses
             had: do not scale again.
@@ -157,7 +159,8 @@ class SharedPrompt:
     Raises:
         NotImplementedError: at `with`, if the result would not be exact; says why and what to do.
         RuntimeError: if the prompt's part was lost or would be wrong: a layer without the cache, weights changed
-            inside the block, no backward inside the block, a backward after it.
+            inside the block, no backward inside the block, a backward after it; or if several processes run and
+            nothing would reduce the gradients.
     """
 
     def __init__(self, model: nn.Module, prompt_ids: torch.Tensor, *, prompt_backward=torch.autograd.backward):
@@ -165,11 +168,16 @@ class SharedPrompt:
         self._is_open = [False]  # a list: hooks of the leaves see it without holding the leaves
         self._roots: list[torch.Tensor] = []  # 2 L tensors (1, Hk, P - 1, D) with the prompt's graph; none if P = 1
         self._leaves: list[torch.Tensor] = []
+        self._output: torch.Tensor | None = None  # of FSDP2: a root with a gradient of zero
 
     def __enter__(self) -> "SharedPrompt":
         refuse_inexact(self.model)
         self._with_grad = torch.is_grad_enabled()
-        self._weights = weight_versions(self.model)
+        if self._with_grad:
+            refuse_unreduced(self.model)
+        reshard(self.model)
+        self._parameters = list(self.model.parameters())
+        self._weights = weight_versions(self._parameters)
         if self.prompt_ids.shape[0] > 1:
             self._roots = self._run_prompt()
         self._leaves = [root.detach().requires_grad_(root.requires_grad) for root in self._roots]
@@ -190,13 +198,15 @@ class SharedPrompt:
         num_layers = transformers_model(self.model).config.get_text_config(decoder=True).num_hidden_layers
         cache = Cache(layers=[_PromptLayer() for _ in range(num_layers)])
         with _cache_reaches_checkpointed_layers(self.model):
-            self.model(  # through the outermost module, so that autocast and wrappers see it; no row of logits
+            output = self.model(  # the outermost module, so that autocast and wrappers see it; no row of logits
                 input_ids=ids,
                 position_ids=torch.arange(ids.shape[1], device=ids.device)[None],
                 past_key_values=cache,
                 use_cache=False,
                 logits_to_keep=torch.empty(0, dtype=torch.long, device=ids.device),
             )
+        if is_sharded(self.model) and output.logits.requires_grad:
+            self._output = output.logits  # (1, 0, V); its backward gathers the weights, the last layer's too
         _check_every_layer_used(cache)
         pairs = [layer.take() for layer in cache.layers]
         in_graph = [keys.requires_grad or values.requires_grad for keys, values in pairs]
@@ -242,15 +252,16 @@ class SharedPrompt:
         return logps.masked_fill(~mask, 0.0), entropies, mask
 
     def _check_weights(self) -> None:
-        if weight_versions(self.model) != self._weights:
+        num_parameters = sum(1 for _ in self.model.parameters())  # FSDP2 replaces the objects, so these are kept
+        if num_parameters != len(self._parameters) or weight_versions(self._parameters) != self._weights:
             raise RuntimeError(
                 "weights changed inside a SharedPrompt block: its prompt ran with other weights than its branches. "
                 "Step the optimizer and switch adapters only after the block."
             )
 
     def __exit__(self, exc_type, exc, traceback) -> None:
-        roots, leaves = self._roots, self._leaves
-        self._roots, self._leaves, self._is_open[0] = [], [], False
+        roots, leaves, output = self._roots, self._leaves, self._output
+        self._roots, self._leaves, self._output, self._is_open[0] = [], [], None, False
         if exc_type is not None or not self._with_grad:
             return
         self._check_weights()
@@ -261,5 +272,7 @@ class SharedPrompt:
                 f"{missing} of {len(parts)} keys and values of the prompt received no gradient: call backward on the "
                 "loss of every branch inside the SharedPrompt block."
             )
+        if parts and output is not None:
+            parts.append((output, torch.zeros_like(output)))
         if parts:  # none with a one-token prompt, or when nothing before the last layer is trained
             self.prompt_backward([root for root, _ in parts], [grad for _, grad in parts])

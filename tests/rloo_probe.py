@@ -84,7 +84,7 @@ def probe(out: str, extra: dict, argv: list[str]) -> None:
 
     def after_step(*_):
         number = counts["optimizer"]
-        saved[f"step{number}.loss"] = losses[number]
+        saved[f"step{number}.loss"] = torch.as_tensor(losses[number])  # 0 without `accelerator.backward`
         for name, parameter in policy.named_parameters():
             if parameter.requires_grad:
                 saved[f"step{number}.param.{name}"] = parameter.detach().clone()
