@@ -171,6 +171,17 @@ def plant_fault(trainer, fault: str) -> None:
             return groups, rows.flip(0)
 
         trainer._get_prompt_groups = get_in_another_order
+    elif fault == "weights of the optimizer step":
+        get_loss_weights = trainer._get_loss_weights
+
+        def get_weights_of_optimizer_step(inputs):
+            steps = trainer._buffered_inputs
+            whole = {**inputs, "completion_mask": torch.cat([step["completion_mask"] for step in steps])}
+            weights = [value * len(steps) for value in get_loss_weights(whole)]
+            number = next(i for i, step in enumerate(steps) if step is inputs)
+            return tuple(value.chunk(len(steps))[number] for value in weights)
+
+        trainer._get_loss_weights = get_weights_of_optimizer_step
     elif fault == "gradients not reduced":
         trainer.accelerator.reduce = lambda tensor, reduction: tensor
     else:
@@ -239,6 +250,18 @@ def print_refusals(algorithm: str, folder: str) -> None:
             AutoModelForCausalLM.from_config(Qwen3MoeConfig(**shape, head_dim=8)).save_pretrained(path)
             train(model=AutoModelForCausalLM.from_pretrained(path), **arguments)
 
+    def train_with_observations():
+        """Prompts that differ within a group, as with an environment whose `reset` returns something new each time."""
+        tokenize = stock_trainer._tokenize_prompts
+
+        def tokenize_with_observation(self, prompts):
+            ids, images, fields = tokenize(self, prompts)
+            return [[*row, number] for number, row in enumerate(ids)], images, fields
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stock_trainer, "_tokenize_prompts", tokenize_with_observation)
+            train()
+
     reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     cases = {
         "none": train,
@@ -257,6 +280,7 @@ def print_refusals(algorithm: str, folder: str) -> None:
     }
     if algorithm == "GRPO":
         cases["top_entropy_quantile"] = functools.partial(train, top_entropy_quantile=0.2)
+        cases["observation"] = train_with_observations
     messages = {}
     for case, run in cases.items():
         try:
