@@ -9,17 +9,17 @@ Run as a script, this file trains both trainers with and without the flag and pr
 
 import json
 import os
+import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import pytest
 from test_shared_prefix_rloo import ROOT
 
-NUM_GENERATIONS, COMPLETION_TOKENS, STEPS = 3, 5, 2
+NUM_GENERATIONS, COMPLETION_TOKENS = 3, 5
 
 
-def train(algorithm: str, folder: str, prompts: list[str], shared_prefix: bool, **generation_kwargs) -> dict:
+def train(algorithm: str, folder: str, prompts: list[str], shared_prefix: bool, steps=1, **generation_kwargs) -> dict:
     """Rows `[prompt, completion]` of every generation, and the tokens that it ran through the model."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -63,7 +63,7 @@ def train(algorithm: str, folder: str, prompts: list[str], shared_prefix: bool, 
             num_generations=NUM_GENERATIONS,
             max_completion_length=COMPLETION_TOKENS,
             per_device_train_batch_size=len(prompts) * NUM_GENERATIONS,
-            max_steps=STEPS,
+            max_steps=steps,
             beta=0.1,
             use_cpu=True,
             bf16=False,
@@ -86,8 +86,8 @@ def print_runs(folder: str) -> None:
     runs = {}
     for algorithm in ("RLOO", "GRPO"):
         runs[algorithm] = {
-            "duplicates": train(algorithm, folder, prompts, False, do_sample=False),
-            "shared": train(algorithm, folder, prompts, True, do_sample=False),
+            "duplicates": train(algorithm, folder, prompts, False, steps=2, do_sample=False),
+            "shared": train(algorithm, folder, prompts, True, steps=2, do_sample=False),
             "sampled": train(algorithm, folder, prompts, True),
             "one token": train(algorithm, folder, ["a", "one two"], True, do_sample=False),
         }
@@ -100,6 +100,7 @@ def print_missing(folder: str) -> None:
     import variants
 
     variants.activate("shared-prefix")
+    from transformers import GenerationConfig
     from transformers.generation.continuous_batching.requests import GenerationOutput
     from trl.trainer.utils import generate_batch_by_group
 
@@ -123,8 +124,6 @@ def print_missing(folder: str) -> None:
     messages = {}
     for case, returned in cases.items():
         try:
-            from transformers import GenerationConfig
-
             generate_batch_by_group(Engine(returned), [a, a, b, b], 2, generation_config=GenerationConfig())
             messages[case] = None
         except Exception as error:
@@ -136,11 +135,8 @@ def print_missing(folder: str) -> None:
 
 
 def run_this(*arguments: str) -> dict:
-    import subprocess
-
     command = [sys.executable, __file__, *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -152,7 +148,7 @@ def runs(probe_model) -> dict:
 
 @pytest.mark.parametrize("algorithm", ["RLOO", "GRPO"])
 def test_greedy_rows_of_the_first_generation_equal_those_of_duplicates(runs, algorithm):
-    """Later generations follow updates, where rounding may decide; their prompts and lengths are compared."""
+    """The second generation follows an update, where rounding may decide: its prompts are compared."""
     shared, duplicates = runs[algorithm]["shared"], runs[algorithm]["duplicates"]
     assert shared["rows"][0] == duplicates["rows"][0]
     for ours, theirs in zip(shared["rows"], duplicates["rows"], strict=True):
@@ -164,7 +160,7 @@ def test_greedy_rows_of_the_first_generation_equal_those_of_duplicates(runs, alg
 
 @pytest.mark.parametrize("algorithm", ["RLOO", "GRPO"])
 def test_every_prompt_runs_once(runs, algorithm):
-    """All prompt tokens but the last, once per prompt in place of k times. What the engine warms up with is in both."""
+    """All prompt tokens but the last, once per prompt in place of k times. The engine's warm-up is in both counts."""
     shared, duplicates = runs[algorithm]["shared"], runs[algorithm]["duplicates"]
     prompts = [prompt for prompt, _ in shared["rows"][0]][::NUM_GENERATIONS]
     saved = (NUM_GENERATIONS - 1) * sum(len(prompt) - 1 for prompt in prompts)

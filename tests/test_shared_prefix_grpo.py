@@ -10,9 +10,9 @@ import json
 
 import pytest
 import torch
-from test_shared_prefix_rloo import TOLERANCE, assert_is_a_test, assert_same, equal_runs, run_script
+from test_shared_prefix_rloo import LAST_STAGE, TOLERANCE, assert_is_a_test, assert_same, equal_runs, run_script
 
-BEFORE, FLAG_OFF = "upstream@4", "upstream@6"
+STAGE_BEFORE = 4
 SETTINGS = {"rows_per_micro_batch": 2}
 
 
@@ -36,7 +36,8 @@ QUANTILE = {"loss_type": "grpo", "top_entropy_quantile": 0.5} | ENTROPY
 
 @pytest.mark.parametrize("extra", [ENTROPY, pytest.param(QUANTILE, marks=pytest.mark.slow)], ids=str)
 def test_flag_off_is_bit_identical_to_the_tree_before(run_grpo, extra):
-    reference, ours = run_grpo(BEFORE, extra), run_grpo(FLAG_OFF, extra)
+    reference = run_grpo(f"upstream@{STAGE_BEFORE}", extra)
+    ours = run_grpo(f"upstream@{LAST_STAGE}", extra)
     assert ours.keys() == reference.keys()
     assert all(torch.equal(ours[name], reference[name]) for name in reference)
 
