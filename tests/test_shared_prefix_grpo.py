@@ -69,6 +69,8 @@ def test_a_fault_is_seen(run_grpo, fault):
 
 SEQUENCE = {"importance_sampling_level": "sequence"}
 OFF_POLICY = {"off_policy_mask_threshold": 1e-4}
+# The entropy of these runs crosses the target, so the coefficient falls, then rises, and is applied.
+ADAPTIVE = {"use_adaptive_entropy": True, "entropy_coef": 0.2, "entropy_target": 7.0, "entropy_coef_delta": 0.1}
 LORA = {"lora_rank": 4, "learning_rate": 3e-3}
 
 
@@ -89,7 +91,7 @@ LORA = {"lora_rank": 4, "learning_rate": 3e-3}
         ({"use_bias_correction_kl": False, "scale_rewards": "batch"}, {}),
         ({"mask_truncated_completions": True, "loss_type": "grpo"}, {}),
         ({"mask_truncated_completions": True}, {"response_tokens": 1}),  # whole optimizer steps are masked
-        ({"use_adaptive_entropy": True, "entropy_target": 4.5, "entropy_coef_delta": 0.1}, {}),
+        (ADAPTIVE, {}),
         ({}, {"epochs_per_batch": 1}),  # no old log-probabilities
         ({} | ENTROPY, {"epochs_per_batch": 1, "kl_coef": 0.0}),
         ({"steps_per_generation": 6, "loss_type": "bnpo"}, {"steps": 8}),
@@ -149,9 +151,8 @@ def test_shared_prefix_matches_upstream_in_two_processes(run_grpo, extra, settin
 @pytest.mark.slow
 def test_resumed_run_matches_upstream_and_the_run_that_was_not_interrupted(run_grpo, tmp_path):
     runs = {}
-    adaptive = {"use_adaptive_entropy": True, "entropy_target": 4.5, "entropy_coef_delta": 0.1}
     for variant in ("upstream", "shared-prefix"):
-        saving = {"output_dir": str(tmp_path / variant), "save_strategy": "steps", "save_steps": 2} | adaptive
+        saving = {"output_dir": str(tmp_path / variant), "save_strategy": "steps", "save_steps": 2} | ADAPTIVE
         whole = run_grpo(variant, saving)
         rest = run_grpo(variant, saving | {"_resume": str(tmp_path / variant / "checkpoint-2")})
         runs[variant] = rest
