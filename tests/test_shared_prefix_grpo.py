@@ -10,7 +10,15 @@ import json
 
 import pytest
 import torch
-from test_shared_prefix_rloo import LAST_STAGE, TOLERANCE, assert_is_a_test, assert_same, equal_runs, run_script
+from test_shared_prefix_rloo import (
+    LAST_STAGE,
+    TOLERANCE,
+    assert_is_a_test,
+    assert_peak_does_not_grow,
+    assert_same,
+    equal_runs,
+    run_script,
+)
 
 STAGE_BEFORE = 4
 SETTINGS = {"rows_per_micro_batch": 2}
@@ -159,6 +167,11 @@ def test_resumed_run_matches_upstream_and_the_run_that_was_not_interrupted(run_g
         for name in (name for name in rest if name.startswith("step1.param")):
             torch.testing.assert_close(rest[name], whole[name.replace("step1", "step3")], rtol=0, atol=0)
     assert_same(runs["shared-prefix"], runs["upstream"], TOLERANCE["float64"])
+
+
+@pytest.mark.slow
+def test_training_peak_does_not_grow_with_the_completions(tmp_path):
+    assert_peak_does_not_grow("GRPO", tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -188,6 +188,16 @@ def plant_fault(trainer, fault: str) -> None:
         raise ValueError(fault)
 
 
+def run_experiment(algorithm: str, argv: list[str]) -> None:
+    """experiments/train.py, which records live bytes, with RLOO or GRPO."""
+    import train
+
+    import trainers
+
+    trainers.build_v116 = functools.partial(trainers.build_v116, algorithm=algorithm)
+    sys.exit(train.main(argv))
+
+
 def print_refusals(algorithm: str, folder: str) -> None:
     """Prints `{case: "<error>: <message>"}` of trainers that must not be built or must not train, None if one does."""
     import tempfile
@@ -462,22 +472,27 @@ def test_resumed_run_matches_upstream_and_the_run_that_was_not_interrupted(run_e
     assert_same(runs["shared-prefix"], runs["upstream"], TOLERANCE["float64"])
 
 
-@pytest.mark.slow
-def test_training_peak_does_not_grow_with_the_completions(tmp_path):
-    """Live bytes of training with one row per micro-batch, k = 16 against k = 2; upstream's cost more than double."""
-    peaks = {}
-    for variant, k in (("shared-prefix", 2), ("shared-prefix", 16), ("upstream", 16)):
-        record = tmp_path / f"{variant}-{k}.json"
-        options = {"variant": variant, "rloo_k": k, "rows_per_micro_batch": 1, "steps": 2, "record": record}
-        options |= {"prompt_tokens": 512, "response_tokens": 48, "vocab_size": 0, "hidden_size": 64, "head_dim": 16}
-        options |= {"intermediate_size": 128, "num_hidden_layers": 4}
-        command = [sys.executable, str(ROOT / "experiments/train.py"), *(f"--{n}={v}" for n, v in options.items())]
-        result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert result.returncode == 0, result.stderr[-3000:]
-        by_phase = json.loads(record.read_text())["summary"]["live_peak_bytes_by_phase"]
-        peaks[variant, k] = max(by_phase["train_forward"], by_phase["train_backward"])
+def training_peak(algorithm: str, variant: str, k: int, record: Path) -> int:
+    """Peak of live bytes in training, one row per micro-batch, 512 + 48 tokens."""
+    options = {"variant": variant, "rloo_k": k, "rows_per_micro_batch": 1, "steps": 2, "record": record}
+    options |= {"prompt_tokens": 512, "response_tokens": 48, "vocab_size": 0, "hidden_size": 64, "head_dim": 16}
+    options |= {"intermediate_size": 128, "num_hidden_layers": 4}
+    run_script("--train", algorithm, *(f"--{name}={value}" for name, value in options.items()))
+    by_phase = json.loads(record.read_text())["summary"]["live_peak_bytes_by_phase"]
+    return max(by_phase["train_forward"], by_phase["train_backward"])
+
+
+def assert_peak_does_not_grow(algorithm: str, folder: Path) -> None:
+    """k = 16 against k = 2; upstream's costs more than double."""
+    runs = (("shared-prefix", 2), ("shared-prefix", 16), ("upstream", 16))
+    peaks = {(variant, k): training_peak(algorithm, variant, k, folder / f"{variant}-{k}.json") for variant, k in runs}
     assert peaks["shared-prefix", 16] <= 1.05 * peaks["shared-prefix", 2]
     assert peaks["shared-prefix", 16] < 0.5 * peaks["upstream", 16]
+
+
+@pytest.mark.slow
+def test_training_peak_does_not_grow_with_the_completions(tmp_path):
+    assert_peak_does_not_grow("RLOO", tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -535,5 +550,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "--refusals":
         print_refusals(*sys.argv[2:])
+    elif sys.argv[1] == "--train":
+        run_experiment(sys.argv[2], sys.argv[3:])
     else:
         run_on_equal_footing(sys.argv[1] + os.environ.get("RANK", "0"), json.loads(sys.argv[2]), sys.argv[3:])
