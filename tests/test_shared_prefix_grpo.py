@@ -138,6 +138,12 @@ def test_shared_prefix_matches_upstream_in_float64_with(run_grpo, extra, setting
 
 
 @pytest.mark.slow
+def test_the_first_patch_alone_matches_upstream_in_float64(run_grpo):
+    ours = run_grpo(f"shared-prefix@{STAGE_BEFORE + 1}", {})
+    assert_same(ours, run_grpo("upstream", {}), TOLERANCE["float64"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", [{}, {"loss_type": "grpo"}], ids=str)
 def test_shared_prefix_matches_upstream_in_float32(run_grpo, extra):
     """Nothing of transformers and of the fused head replaced."""
