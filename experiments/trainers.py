@@ -97,13 +97,15 @@ def build_v020(config: ExperimentConfig, tokenizer, prompts: list[str], stage_na
     return trainer, policy, ref_policy
 
 
-def build_v116(config: ExperimentConfig, tokenizer, prompts: list[str], stage_name: str, callbacks: list):
-    """`(trainer, policy, ref_policy)` on v1.16.0."""
-    from trl import RLOOConfig, RLOOTrainer
+def build_v116(
+    config: ExperimentConfig, tokenizer, prompts: list[str], stage_name: str, callbacks: list, algorithm: str = "RLOO"
+):
+    """`(trainer, policy, ref_policy)` on v1.16.0; `algorithm` is RLOO or GRPO."""
+    import trl
 
     reward = load_reward(config.reward)
     policy = load_policy(config, tokenizer)
-    args = RLOOConfig(
+    args = getattr(trl, f"{algorithm}Config")(
         **training_arguments(config),
         num_generations=config.rloo_k,
         max_completion_length=config.response_tokens,
@@ -112,7 +114,7 @@ def build_v116(config: ExperimentConfig, tokenizer, prompts: list[str], stage_na
         **({"shared_prefix": True} if config.variant.startswith("shared-prefix") else {}),  # unknown to stage 0
         max_steps=config.steps,
     )
-    trainer = RLOOTrainer(
+    trainer = getattr(trl, f"{algorithm}Trainer")(
         model=policy,
         reward_funcs=lambda completions, **_: reward(completions),
         args=args,

@@ -9,21 +9,24 @@ that can be seen (metrics of a micro-batch, several optimizer steps per generati
 one that puts groups in the order in which the same row permutation meets them. For float64, three float32 steps are
 replaced on both sides: the statistics of RMSNorm, the angles of RoPE, and TRL's fused head.
 
-Run as a script, this file is one such training run: `rloo_probe.py` on equal footing, with what the trainer logs.
+Run as a script, this file is one such training run, of RLOO or GRPO: `rloo_probe.py` on equal footing, with what the
+trainer logs.
 """
 
 import functools
+import importlib
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUPS_STAGE, TRAINING_STAGE, LAST_STAGE = 2, 3, 4
+GROUPS_STAGE, TRAINING_STAGE, LAST_STAGE = 2, 3, 6
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
 SETTINGS = {"rows_per_micro_batch": 3, "learning_rate": 3e-4, "epochs_per_batch": 2, "kl_coef": 0.1, "steps": 4}
 ARGUMENTS = {"adam_epsilon": 1e-4}  # Adam at 1e-8 turns rounding of a near-zero gradient into a full step
@@ -36,7 +39,8 @@ TIMES = ("runtime", "per_second", "step_time", "profiling")
 def run_on_equal_footing(out: str, extra: dict, argv: list[str]) -> None:
     """`rloo_probe.probe`, and what was logged in `out`.json. Names in `extra` that begin with `_` are ours:
 
-    `_evaluate`: evaluate after every step; `_resume`: from this checkpoint; `_fault`: see `plant_fault`.
+    `_algorithm`: RLOO or GRPO; `_evaluate`: evaluate after every step; `_resume`: from this checkpoint; `_rollout`:
+    see `use_rollout`; `_fault`: see `plant_fault`.
     """
     import rloo_probe
     from transformers import TrainerCallback
@@ -44,6 +48,7 @@ def run_on_equal_footing(out: str, extra: dict, argv: list[str]) -> None:
     import trainers
 
     ours = {name: extra.pop(name) for name in list(extra) if name.startswith("_")}
+    algorithm = ours.get("_algorithm", "RLOO")
     history = []
 
     class Watch(TrainerCallback):
@@ -58,32 +63,71 @@ def run_on_equal_footing(out: str, extra: dict, argv: list[str]) -> None:
         if config.dtype == "float64":
             use_float64_angles_and_head()
         if config.variant == "upstream":
-            shuffle_groups(config.rloo_k)
+            shuffle_groups(algorithm, config.rloo_k)
         trainer, policy, ref_policy = stock_build_trainer(config, *args)
         trainer.add_callback(Watch())
         trainer.eval_dataset = trainer.train_dataset
         if "_resume" in ours:
             trainer.train = functools.partial(trainer.train, resume_from_checkpoint=ours["_resume"])
+        if "_rollout" in ours:
+            use_rollout(trainer, policy, config, **ours["_rollout"])
         if "_fault" in ours:
             plant_fault(trainer, ours["_fault"])
         return trainer, policy, ref_policy
 
+    trainers.build_v116 = functools.partial(trainers.build_v116, algorithm=algorithm)
     stock_build_trainer, trainers.build_trainer = trainers.build_trainer, build_trainer
     rloo_probe.probe(out, extra, argv)
     Path(f"{out}.json").write_text(json.dumps(history))
 
 
-def shuffle_groups(num_generations: int) -> None:
+def trainer_module(algorithm: str):
+    return importlib.import_module(f"trl.trainer.{algorithm.lower()}_trainer")
+
+
+def shuffle_groups(algorithm: str, num_generations: int) -> None:
     """Upstream's shuffle of groups, from the same random numbers: in the order in which its permutation meets them."""
-    from trl.trainer import rloo_trainer
 
     def shuffle(batch: dict) -> dict:
         permutation = torch.randperm(len(batch["prompt_ids"])).tolist()
         groups = dict.fromkeys(row // num_generations for row in permutation)
         rows = [group * num_generations + i for group in groups for i in range(num_generations)]
-        return {key: value[rows] for key, value in batch.items()}
+        return {key: value[rows] if value.ndim else value for key, value in batch.items()}
 
-    rloo_trainer.shuffle_sequence_dict = shuffle
+    trainer_module(algorithm).shuffle_sequence_dict = shuffle
+
+
+def use_rollout(trainer, policy, config, with_vllm: bool = False) -> None:
+    """Completions from a rollout function of GRPO, with log-probabilities of another policy and with the tokens of a
+    tool in some of them. With `with_vllm`, the trainer corrects for that policy as it does for vLLM, which does not
+    run."""
+    num_calls = 0
+
+    def rollout(prompts, trainer):
+        nonlocal num_calls
+        tokenize = trainer.processing_class
+        ids = [tokenize(prompt)["input_ids"] for prompt in prompts]
+        generator = torch.Generator().manual_seed(1000 * trainer.accelerator.process_index + num_calls)
+        num_calls += 1
+        lengths = torch.randint(2, config.response_tokens + 1, (len(ids),), generator=generator).tolist()
+        completions = [torch.randint(9, len(tokenize), (length,), generator=generator).tolist() for length in lengths]
+        masks = [[0 if 2 <= i < 5 and row % 2 else 1 for i in range(length)] for row, length in enumerate(lengths)]
+        with torch.no_grad():
+            sampled = [
+                policy(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+                for prompt, completion in zip(ids, completions, strict=True)
+            ]
+        logps = [
+            (s.gather(-1, torch.tensor(c)[:, None])[:, 0] + 0.1 * torch.randn(len(c), generator=generator)).tolist()
+            for s, c in zip(sampled, completions, strict=True)
+        ]
+        return {"prompt_ids": ids, "completion_ids": completions, "logprobs": logps, "env_mask": masks}
+
+    trainer.rollout_func = rollout
+    if with_vllm:
+        trainer.use_vllm = True
+        trainer.vllm_generation = types.SimpleNamespace(sync_weights=lambda: None)
+        trainer._last_loaded_step = -1
 
 
 def use_float64_angles_and_head() -> None:
@@ -100,7 +144,7 @@ def use_float64_angles_and_head() -> None:
         @staticmethod
         def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs):
             logps = (hidden @ weight.T / temperature).log_softmax(-1)
-            entropy = -(logps.exp() * logps).sum(-1).detach() if "entropy" in outputs else None
+            entropy = -(logps.exp() * logps).sum(-1) if "entropy" in outputs else None
             return logps.gather(-1, targets[:, None])[:, 0], entropy, None, None, None
 
     modeling_qwen3.Qwen3RotaryEmbedding.forward = angles
@@ -127,6 +171,17 @@ def plant_fault(trainer, fault: str) -> None:
             return groups, rows.flip(0)
 
         trainer._get_prompt_groups = get_in_another_order
+    elif fault == "weights of the optimizer step":
+        get_loss_weights = trainer._get_loss_weights
+
+        def get_weights_of_optimizer_step(inputs):
+            steps = trainer._buffered_inputs
+            whole = {**inputs, "completion_mask": torch.cat([step["completion_mask"] for step in steps])}
+            weights = [value * len(steps) for value in get_loss_weights(whole)]
+            number = next(i for i, step in enumerate(steps) if step is inputs)
+            return tuple(value.chunk(len(steps))[number] for value in weights)
+
+        trainer._get_loss_weights = get_weights_of_optimizer_step
     elif fault == "gradients not reduced":
         from lowmem import shared_prefix_distributed
 
@@ -135,7 +190,17 @@ def plant_fault(trainer, fault: str) -> None:
         raise ValueError(fault)
 
 
-def print_refusals(folder: str) -> None:
+def run_experiment(algorithm: str, argv: list[str]) -> None:
+    """experiments/train.py, which records live bytes, with RLOO or GRPO."""
+    import train
+
+    import trainers
+
+    trainers.build_v116 = functools.partial(trainers.build_v116, algorithm=algorithm)
+    sys.exit(train.main(argv))
+
+
+def print_refusals(algorithm: str, folder: str) -> None:
     """Prints `{case: "<error>: <message>"}` of trainers that must not be built or must not train, None if one does."""
     import tempfile
 
@@ -145,14 +210,15 @@ def print_refusals(folder: str) -> None:
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, ProcessorMixin, Qwen3MoeConfig
-    from trl.trainer import rloo_trainer
 
-    from trl import RLOOConfig, RLOOTrainer
+    import trl
 
+    module = trainer_module(algorithm)
+    stock_trainer, stock_config = getattr(trl, f"{algorithm}Trainer"), getattr(trl, f"{algorithm}Config")
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     dataset = Dataset.from_dict({"prompt": ["one two three", "four"]})
 
-    class OwnLoss(RLOOTrainer):
+    class OwnLoss(stock_trainer):
         def _compute_loss(self, model, inputs):
             return super()._compute_loss(model, inputs)
 
@@ -160,13 +226,13 @@ def print_refusals(folder: str) -> None:
         def __init__(self, tokenizer):
             self.tokenizer = tokenizer
 
-    def train(trainer_class=RLOOTrainer, model=None, processing_class=tokenizer, peft_config=None, **arguments):
+    def train(trainer_class=stock_trainer, model=None, processing_class=tokenizer, peft_config=None, **arguments):
         defaults = {"num_generations": 2, "per_device_train_batch_size": 4, "max_completion_length": 4, "max_steps": 1}
         defaults |= {"output_dir": tempfile.mkdtemp(), "use_cpu": True, "bf16": False, "report_to": []}
         trainer_class(
             model=model or AutoModelForCausalLM.from_pretrained(folder),
             reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
-            args=RLOOConfig(shared_prefix=True, save_strategy="no", **(defaults | arguments)),
+            args=stock_config(shared_prefix=True, save_strategy="no", **(defaults | arguments)),
             train_dataset=dataset,
             processing_class=processing_class,
             peft_config=peft_config,
@@ -174,19 +240,19 @@ def print_refusals(folder: str) -> None:
 
     def train_without_lowmem():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(rloo_trainer, "is_lowmem_available", lambda: False)
+            patch.setattr(module, "is_lowmem_available", lambda: False)
             train()
 
     def train_sharded():
         """accelerate drops FSDP on CPUs, so what `Trainer.__init__` finds out is set by hand."""
-        stock_init = rloo_trainer._BaseTrainer.__init__
+        stock_init = module._BaseTrainer.__init__
 
         def init(self, *args, **kwargs):
             stock_init(self, *args, **kwargs)
             self.is_fsdp_enabled = True
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(rloo_trainer._BaseTrainer, "__init__", init)
+            patch.setattr(module._BaseTrainer, "__init__", init)
             train()
 
     def train_experts(**arguments):
@@ -195,6 +261,18 @@ def print_refusals(folder: str) -> None:
         with tempfile.TemporaryDirectory() as path:  # the reference model is loaded from there
             AutoModelForCausalLM.from_config(Qwen3MoeConfig(**shape, head_dim=8)).save_pretrained(path)
             train(model=AutoModelForCausalLM.from_pretrained(path), **arguments)
+
+    def train_with_observations():
+        """Prompts that differ within a group, as with an environment whose `reset` returns something new each time."""
+        tokenize = stock_trainer._tokenize_prompts
+
+        def tokenize_with_observation(self, prompts):
+            ids, images, fields = tokenize(self, prompts)
+            return [[*row, number] for number, row in enumerate(ids)], images, fields
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stock_trainer, "_tokenize_prompts", tokenize_with_observation)
+            train()
 
     reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     cases = {
@@ -212,6 +290,9 @@ def print_refusals(folder: str) -> None:
         "num_beams": functools.partial(train, generation_kwargs={"num_beams": 2}),
         "lowmem": train_without_lowmem,
     }
+    if algorithm == "GRPO":
+        cases["top_entropy_quantile"] = functools.partial(train, top_entropy_quantile=0.2)
+        cases["observation"] = train_with_observations
     messages = {}
     for case, run in cases.items():
         try:
@@ -243,9 +324,13 @@ def load_run(out: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def run_equal(tmp_path_factory, probe_model):
-    """`run_equal(variant, extra_arguments, processes=1, **settings)` -> dict of tensors of the (last) process; every
+    return equal_runs(tmp_path_factory.mktemp("equal-footing"), probe_model)
+
+
+def equal_runs(folder: Path, probe_model: Path):
+    """`run(variant, extra_arguments, processes=1, **settings)` -> dict of tensors of the (last) process; every
     distinct call runs once."""
-    folder, cache = tmp_path_factory.mktemp("equal-footing"), {}
+    cache = {}
     defaults = {"model": probe_model, "prompts_per_step": 2, "prompt_tokens": 20, "prompt_tokens_min": 6}
     defaults |= {"response_tokens": 12, "rloo_k": 3, "temperature": 0.9} | SETTINGS
 
@@ -434,27 +519,32 @@ def test_resumed_run_matches_upstream_and_the_run_that_was_not_interrupted(run_e
     assert_same(runs["shared-prefix"], runs["upstream"], TOLERANCE["float64"])
 
 
-@pytest.mark.slow
-def test_training_peak_does_not_grow_with_the_completions(tmp_path):
-    """Live bytes of training with one row per micro-batch, k = 16 against k = 2; upstream's cost more than double."""
-    peaks = {}
-    for variant, k in (("shared-prefix", 2), ("shared-prefix", 16), ("upstream", 16)):
-        record = tmp_path / f"{variant}-{k}.json"
-        options = {"variant": variant, "rloo_k": k, "rows_per_micro_batch": 1, "steps": 2, "record": record}
-        options |= {"prompt_tokens": 512, "response_tokens": 48, "vocab_size": 0, "hidden_size": 64, "head_dim": 16}
-        options |= {"intermediate_size": 128, "num_hidden_layers": 4}
-        command = [sys.executable, str(ROOT / "experiments/train.py"), *(f"--{n}={v}" for n, v in options.items())]
-        result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert result.returncode == 0, result.stderr[-3000:]
-        by_phase = json.loads(record.read_text())["summary"]["live_peak_bytes_by_phase"]
-        peaks[variant, k] = max(by_phase["train_forward"], by_phase["train_backward"])
+def training_peak(algorithm: str, variant: str, k: int, record: Path) -> int:
+    """Peak of live bytes in training, one row per micro-batch, 512 + 48 tokens."""
+    options = {"variant": variant, "rloo_k": k, "rows_per_micro_batch": 1, "steps": 2, "record": record}
+    options |= {"prompt_tokens": 512, "response_tokens": 48, "vocab_size": 0, "hidden_size": 64, "head_dim": 16}
+    options |= {"intermediate_size": 128, "num_hidden_layers": 4}
+    run_script("--train", algorithm, *(f"--{name}={value}" for name, value in options.items()))
+    by_phase = json.loads(record.read_text())["summary"]["live_peak_bytes_by_phase"]
+    return max(by_phase["train_forward"], by_phase["train_backward"])
+
+
+def assert_peak_does_not_grow(algorithm: str, folder: Path) -> None:
+    """k = 16 against k = 2; upstream's costs more than double."""
+    runs = (("shared-prefix", 2), ("shared-prefix", 16), ("upstream", 16))
+    peaks = {(variant, k): training_peak(algorithm, variant, k, folder / f"{variant}-{k}.json") for variant, k in runs}
     assert peaks["shared-prefix", 16] <= 1.05 * peaks["shared-prefix", 2]
     assert peaks["shared-prefix", 16] < 0.5 * peaks["upstream", 16]
 
 
+@pytest.mark.slow
+def test_training_peak_does_not_grow_with_the_completions(tmp_path):
+    assert_peak_does_not_grow("RLOO", tmp_path)
+
+
 @pytest.fixture(scope="session")
 def refusals(probe_model) -> dict[str, str | None]:
-    return json.loads(run_script("--refusals", str(probe_model)).splitlines()[-1])
+    return json.loads(run_script("--refusals", "RLOO", str(probe_model)).splitlines()[-1])
 
 
 @pytest.mark.parametrize(
@@ -506,6 +596,8 @@ if __name__ == "__main__":
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "experiments"), str(ROOT)]
     torch.set_num_threads(1)
     if sys.argv[1] == "--refusals":
-        print_refusals(sys.argv[2])
+        print_refusals(*sys.argv[2:])
+    elif sys.argv[1] == "--train":
+        run_experiment(sys.argv[2], sys.argv[3:])
     else:
         run_on_equal_footing(sys.argv[1] + os.environ.get("RANK", "0"), json.loads(sys.argv[2]), sys.argv[3:])
