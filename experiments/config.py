@@ -32,6 +32,9 @@ class ExperimentConfig:
     model_seed: int = _setting(0, "seed of the built model's weights")
     dtype: str = _setting("float32", "float32, bfloat16 or float64: type of the weights")
 
+    attn_implementation: Optional[str] = _setting(
+        None, "sdpa, eager, flash_attention_2, ...; default: the model's own"
+    )
     lora_rank: int = _setting(0, "rank of LoRA adapters on all linear layers but the head; 0 trains all weights")
 
     dataset: Optional[str] = _setting(None, "hub name, or .json(l)/.parquet with a column 'prompt'; default: built in")

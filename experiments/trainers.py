@@ -12,7 +12,11 @@ from rewards import load_reward
 
 
 def load_policy(config: ExperimentConfig, tokenizer):
-    return AutoModelForCausalLM.from_pretrained(model_path(config, tokenizer), dtype=getattr(torch, config.dtype))
+    return AutoModelForCausalLM.from_pretrained(
+        model_path(config, tokenizer),
+        dtype=getattr(torch, config.dtype),
+        attn_implementation=config.attn_implementation,
+    )
 
 
 def lora_config(config: ExperimentConfig):

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from test_shared_prefix_models import make_model
 
 from lowmem.live_bytes import LiveBytes
 from lowmem.logprobs import chunked_logprobs
+from lowmem.shared_prefix import PromptGroup, check_shared_prefix
+from lowmem.shared_prefix_generation import shared_prefix_generate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -38,3 +41,24 @@ def test_live_bytes_agree_with_the_caching_allocator():
     peak = torch.cuda.max_memory_allocated() - start
     assert meter.peak_bytes <= peak * 1.01, "the meter counts memory that was never allocated"
     assert meter.peak_bytes >= peak * 0.9 - 64 * 2**20, "the meter misses more than kernel workspaces"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)], ids=str)
+def test_shared_prefix_matches_plain_rows(dtype, tolerance, checkpointing):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = make_model("qwen3", dtype).to("cuda")
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(3, model.config.vocab_size, (n,), generator=generator).to("cuda") for n in (200, 33, 64)]
+    figures = check_shared_prefix(model, PromptGroup(ids[0], ids[1:]))
+    assert figures["logp_error_mean"] <= tolerance and figures["grad_error"] <= tolerance
+
+
+def test_shared_prefix_generates_the_greedy_tokens_of_stock():
+    model = make_model("qwen3", torch.float32).to("cuda").eval()
+    ids = torch.randint(3, model.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(1)).to("cuda")
+    mask, options = torch.ones_like(ids), {"do_sample": False, "max_new_tokens": 16}
+    stock = model.generate(ids.repeat_interleave(3, 0), attention_mask=mask.repeat_interleave(3, 0), **options)
+    assert torch.equal(shared_prefix_generate(model, ids, mask, 3, **options), stock)

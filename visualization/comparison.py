@@ -11,7 +11,7 @@ ONE_ROW = "-mb1"  # suffix of a variant that ran with one row per micro-batch
 WITH_ONE_ROW = tuple(name + suffix for name in COMPARED for suffix in ("", ONE_ROW))
 TABLED = (*WITH_ONE_ROW, "upstream@1")  # upstream@1: v1.16.0 whose fused head skips the prompt on a CPU as well
 EXTRAPOLATED_FROM = ("baseline", "baseline" + ONE_ROW)
-EXPECTED_VARIANTS = ("baseline", "string-level", "upstream")
+EXPECTED_VARIANTS = ("baseline", "string-level", "upstream", "shared-prefix")
 EXPECTED_KS = (2, 4, 8)
 FIRST_WORKLOADS = ("cpu", "published")
 # Workloads with a question of their own, not part of the comparison.

@@ -1,9 +1,9 @@
 """Every table and chart of one set of runs, with one command.
 
 Combines the records first (combine_memory_data.py), then draws. Every workload with a baseline (but for origin and
-learning) is compared and needs baseline, string-level and upstream at k = 2, 4 and 8, with whatever outcome: one that
-is not there is an error which names it. Another chart whose runs are not there is listed as not drawn (--strict: an
-error).
+learning) is compared and needs baseline, string-level, upstream and shared-prefix at k = 2, 4 and 8, with whatever
+outcome: one that is not there is an error which names it. Another chart whose runs are not there is listed as not
+drawn (--strict: an error).
 
     python visualization/create_charts.py --runs results/runs/local --out results/local
 """
