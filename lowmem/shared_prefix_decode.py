@@ -27,7 +27,9 @@ from lowmem.shared_prefix_checks import transformers_model
 
 IMPLEMENTATION = "shared_prefix_decode"  # name under which transformers finds `_attend`
 _BLOCK_TOKENS = 64  # by which the completions' keys and values grow
-_cache: ContextVar[Cache] = ContextVar("cache of the generation at hand")
+_HALF = (torch.bfloat16, torch.float16)
+# Cache of the generation at hand, and the modules that may read it
+_decoding: ContextVar[tuple[Cache, frozenset[nn.Module]] | None] = ContextVar("_decoding", default=None)
 
 
 class SharedPromptLayer(CacheLayerMixin):
@@ -94,31 +96,53 @@ def decode_layer(layer: CacheLayerMixin, rows: torch.Tensor) -> CacheLayerMixin 
 
 def _attend(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
     """Attention of one query token per row (B, H, 1, D) over its prompt and its own completion."""
-    if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None or query.shape[2] != 1:
-        raise NotImplementedError(
-            f"{type(module).__name__} asks for attention sinks, position biases or several tokens at once, which the "
-            "shared prefix does not decode. Pass `share_cache=False`."
+    cache, modules = _decoding.get() or (None, frozenset())
+    if module not in modules:
+        raise RuntimeError(
+            f"a {type(module).__name__} of another model, or on another thread, ran inside a shared-prefix "
+            "generation: the models share one config object. Give each its own (`copy.deepcopy(config)`)."
         )
-    layer = _cache.get().layers[module.layer_idx]
+    if kwargs.get("position_bias") is not None or query.shape[2] != 1:
+        raise NotImplementedError(
+            f"{type(module).__name__} asks for position biases or for several tokens at once, which the shared prefix "
+            "does not decode. Pass `share_cache=False`, or generate without the shared prefix."
+        )
+    layer = cache.layers[module.layer_idx]
     num_rows, num_kv_heads, _, head_size = key.shape
     scaling = head_size**-0.5 if scaling is None else scaling
-    query = (query * scaling).view(num_rows, num_kv_heads, -1, head_size)  # (B, Hk, G, D)
-    scores = query @ key.transpose(-1, -2)  # (B, Hk, G, t)
+    query = query.view(num_rows, num_kv_heads, -1, head_size)  # (B, Hk, G, D)
+    scores = _product(query, key.transpose(-1, -2))  # (B, Hk, G, t)
     if isinstance(layer, SharedPromptLayer):
         layer.num_reads += 1
-        prompt_scores = _by_row(_by_prompt(query, layer) @ layer.prompt_keys.transpose(-1, -2), num_rows)
-        scores = torch.cat([prompt_scores, scores], -1)  # (B, Hk, G, P + t)
+        prompt_scores = _product(_by_prompt(query, layer), layer.prompt_keys.transpose(-1, -2))
+        scores = torch.cat([_by_row(prompt_scores, num_rows), scores], -1)  # (B, Hk, G, P + t)
+    scores = scores * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if attention_mask is not None:  # (B, 1, 1, P + t), True where a token may be seen
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+    sinks = kwargs.get("s_aux")  # (H,), scores that take weight and give no value
+    if sinks is not None:
+        sinks = sinks.to(scores.dtype).view(num_kv_heads, -1, 1).expand(num_rows, -1, -1, -1)
+        weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1].to(value.dtype)
+    else:
+        weights = scores.softmax(-1).to(value.dtype)
     if isinstance(layer, SharedPromptLayer):
         prompt_weights, weights = weights.split([layer.prompt_keys.shape[-2], key.shape[-2]], -1)
-        output = _by_row(_by_prompt(prompt_weights, layer) @ layer.prompt_values, num_rows) + weights @ value
+        of_prompt = _product(_by_prompt(prompt_weights, layer), layer.prompt_values)
+        output = _by_row(of_prompt, num_rows) + _product(weights, value)
     else:
-        output = weights @ value
-    return output.reshape(num_rows, 1, -1, value.shape[-1]), None  # (B, 1, H, D)
+        output = _product(weights, value)
+    return output.to(value.dtype).reshape(num_rows, 1, -1, value.shape[-1]), None  # (B, 1, H, D)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a @ b` of four-dimensional tensors; half precision gives float32, as in the kernels of fused attention."""
+    if a.dtype not in _HALF:
+        return a @ b
+    if not a.is_cuda:
+        return a.float() @ b.float()
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32).unflatten(0, a.shape[:2])
 
 
 def _by_prompt(rows: torch.Tensor, layer: SharedPromptLayer) -> torch.Tensor:
@@ -150,13 +174,13 @@ def prompts_kept_once(model: nn.Module, cache: Cache) -> Iterator[None]:
     """
     inner = transformers_model(model)
     usual = inner.config._attn_implementation
-    token = _cache.set(cache)
-    inner.set_attn_implementation(IMPLEMENTATION)
+    token = _decoding.set((cache, frozenset(inner.modules())))
     try:
+        inner.set_attn_implementation(IMPLEMENTATION)
         yield
     finally:
+        _decoding.reset(token)
         inner.set_attn_implementation(usual)
-        _cache.reset(token)
     shared = [layer for layer in cache.layers if isinstance(layer, SharedPromptLayer)]
     if any(layer.num_reads != layer.num_updates for layer in shared):
         raise RuntimeError(

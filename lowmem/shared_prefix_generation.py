@@ -88,10 +88,9 @@ def shared_prefix_generate(
             "Gradient checkpointing is active: its layers take the cache away from `generate`, which would then see "
             "the last token only. Call `model.eval()`, or disable gradient checkpointing while generating."
         )
-    rows = torch.arange(input_ids.shape[0], device=input_ids.device).repeat_interleave(num_generations)
     prefilled = _prefill(model, input_ids[:, :-1], attention_mask[:, :-1]) if input_ids.shape[1] > 1 else None
     outputs = []
-    for part in rows.split(max_rows or len(rows)):
+    for part in _parts(input_ids.shape[0], num_generations, max_rows, input_ids.device):
         cache = None if prefilled is None else _select_rows(prefilled, part, share_cache and can_share_cache(model))
         shares = cache is not None and any(isinstance(layer, SharedPromptLayer) for layer in cache.layers)
         with prompts_kept_once(model, cache) if shares else nullcontext():
@@ -132,6 +131,14 @@ def _prefill(model, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Dy
     return cache
 
 
+def _parts(num_prompts: int, num_generations: int, max_rows: int | None, device) -> list[torch.Tensor]:
+    """Prompt of every row, in parts of at most `max_rows` that can share: whole groups, or rows of one group."""
+    rows = torch.arange(num_prompts, device=device).repeat_interleave(num_generations)
+    if max_rows is None or max_rows >= num_generations:
+        return list(rows.split(len(rows) if max_rows is None else max_rows - max_rows % num_generations))
+    return [part for group in rows.split(num_generations) for part in group.split(max_rows)]
+
+
 def _select_rows(cache: DynamicCache, rows: torch.Tensor, share: bool) -> DynamicCache:
     """A cache for the given rows, which repeat prompts; `cache` stays as it is."""
     selected = copy.copy(cache)
@@ -156,24 +163,32 @@ def _check_prompts(input_ids, attention_mask, num_generations, max_rows) -> None
         raise ValueError("prompts must be padded at the left only: every row ends in a token, without holes")
 
 
+def _setting(model, generate_kwargs: dict, name: str):
+    """What `generate` goes by: its argument, else the configuration that it is given, else the model's own."""
+    given = generate_kwargs.get("generation_config")
+    for value in (generate_kwargs.get(name), getattr(given, name, None), getattr(model.generation_config, name, None)):
+        if value is not None:
+            return value
+    return None
+
+
 def _refuse_settings(model, generate_kwargs) -> None:
-    defaults = generate_kwargs.get("generation_config") or model.generation_config
     refused = [name for name in _REFUSED_ARGUMENTS if generate_kwargs.get(name) is not None]
     for name, accepted in _ACCEPTED.items():
-        value = generate_kwargs.get(name, getattr(defaults, name, None))
+        value = _setting(model, generate_kwargs, name)
         if value is not None and value != accepted:
             refused.append(f"{name}={value!r}")
     if refused:
         raise NotImplementedError(
             f"`generate` with {', '.join(sorted(refused))} does not go on from a prefilled dynamic cache row by row, "
-            "or is not shown exact. Leave it out (k completions come from num_generations), or use `model.generate`."
+            "or is not shown exact. Leave it out (k completions come from num_generations; the model's own "
+            "`generation_config` counts too), or use `model.generate`."
         )
 
 
 def _pad_token_id(model, generate_kwargs) -> int:
-    defaults = generate_kwargs.get("generation_config") or model.generation_config
     for name in ("pad_token_id", "eos_token_id"):
-        value = generate_kwargs.get(name, getattr(defaults, name))
+        value = _setting(model, generate_kwargs, name)
         if value is not None:
             return value[0] if isinstance(value, list) else int(value)
     return 0

@@ -4,9 +4,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from test_shared_prefix_models import MODELS, VOCAB_SIZE, WINDOW, make_model
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, GptOssConfig
 
-from lowmem import shared_prefix_decode
+from lowmem import shared_prefix_decode, shared_prefix_generation
 from lowmem.live_bytes import LiveBytes
 from lowmem.shared_prefix_decode import SharedPromptLayer
 from lowmem.shared_prefix_generation import shared_prefix_generate
@@ -183,6 +183,74 @@ def test_refuses_settings_with_the_way_out(options, message):
     model = make_model("qwen3", torch.float32).eval()
     with pytest.raises(NotImplementedError, match=f"{message}.*Leave it out"):
         shared_prefix_generate(model, *make_prompts(), NUM_GENERATIONS, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("use_cache", False), ("num_beams", 2), ("cache_implementation", "static")], ids=str
+)
+def test_refuses_settings_of_the_models_own_that_a_given_configuration_leaves_open(name, value):
+    model = make_model("qwen3", torch.float32).eval()
+    setattr(model.generation_config, name, value)
+    with pytest.raises(NotImplementedError, match=f"{name}={value!r}.*the model's own"):
+        given = GenerationConfig(max_new_tokens=2)
+        shared_prefix_generate(model, *make_prompts(), NUM_GENERATIONS, generation_config=given)
+
+
+def test_rows_in_parts_are_padded_as_stock_pads_them():
+    model = make_model("qwen3", torch.float32).eval()
+    model.generation_config.pad_token_id = 1
+    ids, mask = make_prompts()
+    given = GenerationConfig(do_sample=False, max_new_tokens=30, eos_token_id=[2, 5, 7, 11, 13, 17])
+    stock = stock_generate(model, ids, mask, generation_config=given)
+    parts = shared_prefix_generate(model, ids, mask, NUM_GENERATIONS, max_rows=3, generation_config=given)
+    assert torch.equal(parts, stock) and (parts[:, -1] == 1).any()
+
+
+@pytest.mark.parametrize(("max_rows", "sizes"), [(None, [12]), (4, [3] * 4), (7, [6, 6]), (2, [2, 1] * 4)], ids=str)
+def test_parts_hold_whole_groups_or_one(max_rows, sizes):
+    parts = shared_prefix_generation._parts(4, 3, max_rows, "cpu")
+    assert [len(part) for part in parts] == sizes
+    assert torch.cat(parts).tolist() == torch.arange(4).repeat_interleave(3).tolist()
+
+
+def test_attention_sinks_match_stock():
+    config = GptOssConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        sliding_window=8,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks, std=2.0)
+    assert_same_tokens(model, *make_prompts(), do_sample=True)
+
+
+def test_half_precision_is_as_near_to_float64_as_fused_attention():
+    model = make_model("qwen3", torch.float64).eval()
+    ids, mask = make_prompts((40, 40))
+    options = {"do_sample": False, "max_new_tokens": 1}
+    exact = decoded_logits(model, lambda: stock_generate(model, ids, mask, **options))
+    model = model.to(torch.bfloat16)
+    stock = decoded_logits(model, lambda: stock_generate(model, ids, mask, **options))
+    shared = decoded_logits(model, lambda: shared_prefix_generate(model, ids, mask, NUM_GENERATIONS, **options))
+    assert (shared - exact).norm() <= 1.1 * (stock - exact).norm()
+
+
+def test_another_model_with_the_same_config_object_is_found_out():
+    model = make_model("qwen3", torch.float32).eval()
+    other = type(model)(model.config).eval()
+    model.register_forward_hook(lambda *_: other(input_ids=torch.tensor([[3]])) and None)
+    with pytest.raises(RuntimeError, match="share one config object"):
+        shared_prefix_generate(model, *make_prompts(), NUM_GENERATIONS, max_new_tokens=3)
 
 
 def test_refuses_models_that_are_not_exact():

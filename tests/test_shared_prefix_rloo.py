@@ -484,26 +484,15 @@ ZERO2 = {
     ids=["", "two generations per optimizer step", "lora, checkpointing"],
 )
 def test_shared_prefix_with_deepspeed_zero2_matches_upstream(run_equal, extra, settings):
-    """Against upstream with DeepSpeed and with DDP. DeepSpeed takes one more step of the optimizer, at first, to make
-    its state, and copies the weights after the step in which they are saved: each is seen two steps later."""
+    """Upstream runs on DeepSpeed too; tests/test_shared_prefix_distributed.py compares its engine with one process."""
     pytest.importorskip("deepspeed")
-    ddp = run_equal("upstream", extra, processes=2, **settings)
     reference = run_equal("upstream", extra | {"deepspeed": ZERO2}, processes=2, **settings)
     ours = run_equal("shared-prefix", extra | {"deepspeed": ZERO2}, processes=2, **settings)
     ours = {name: value for name, value in ours.items() if not name.endswith(".loss")}  # no `accelerator.backward`
     assert_same(ours, {name: reference[name] for name in ours}, TOLERANCE["float32"])
     assert ours.keys() == {name for name in reference if not name.endswith(".loss")}
-    later = {}
-    for name, value in ddp.items():
-        step, _, rest = name.partition(".")
-        if rest.startswith("param."):
-            later[f"step{int(step[4:]) + 2}.{rest}"] = value
-        elif not step.startswith("step"):
-            later[name] = value
-    common = later.keys() & ours.keys()
-    assert {"step2", "step3", "step4"} <= {name.split(".")[0] for name in common}
-    assert any("grad_norm" in name for name in common)
-    assert_same({name: ours[name] for name in common}, {name: later[name] for name in common}, TOLERANCE["float32"])
+    assert any(name.startswith("step4.param.") for name in ours)
+    assert any("grad_norm" in name for name in ours)
 
 
 @pytest.mark.slow
