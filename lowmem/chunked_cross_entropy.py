@@ -73,8 +73,8 @@ def backward_rows(
 ) -> None:
     """Adds the gradients of `(losses * grad_losses).sum()` to `grad_hidden` (R, H) and `grad_weight` (V, H).
 
-    Either may be None. Both are of the type of sums. Rows whose gradient is zero (tokens of weight 0) are not projected
-    again. Every row of `hidden` may be in `index` once.
+    Either may be None. Both are of the type of sums. Rows whose gradient is zero (tokens of weight 0) are not
+    projected again. Every row of `hidden` may be in `index` once.
     """
     used = grad_losses.nonzero().squeeze(-1)
     if used.shape[0] < index.shape[0]:
@@ -95,7 +95,9 @@ def backward_rows(
             else:
                 grad = (chunk @ weight_tile.t()).to(stats).add_(minus_log_z)
             grad = grad.exp_().mul_(scale)
-            grad = grad.scatter_add_(-1, column, torch.where(inside, -grad_losses[rows], 0).unsqueeze(-1)).to(dtype)
+            grad.scatter_add_(-1, column, torch.where(inside, -grad_losses[rows], 0).unsqueeze(-1))
+            if grad.is_cuda:
+                grad = grad.to(dtype)  # for the tensor cores; a CPU multiplies in float32
             if grad_chunk is not None:
                 _add_product(grad_chunk, grad, weight_tile)
             if grad_weight is not None:
@@ -106,11 +108,11 @@ def backward_rows(
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """`total += a @ b`, summed in the type of `total`."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
+    """`total += a @ b`, where no product is rounded to less than the type of `total`."""
+    if a.is_cuda and a.dtype != total.dtype:
+        total += torch.mm(a, b, out_dtype=total.dtype)
     else:
-        total += a @ b
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 def argmax_rows(hidden, index, weight, tile: tuple[int, int], dtype) -> torch.Tensor:

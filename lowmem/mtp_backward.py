@@ -28,6 +28,20 @@ from lowmem.mtp_targets import (
 )
 
 
+class _Deliver(torch.autograd.Function):
+    """Hands gradients that are known already to the tensors they belong to; `grads` is emptied, so none is copied."""
+
+    @staticmethod
+    def forward(ctx, grads, *tensors):
+        ctx.grads, ctx.dtypes = grads, [x.dtype for x in tensors]
+        return torch.zeros((), device=tensors[0].device)
+
+    @staticmethod
+    def backward(ctx, _):
+        grads = (ctx.grads.pop(0) for _ in range(len(ctx.grads)))
+        return None, *(None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes))
+
+
 def sequential_mtp_backward(
     trunk_output: torch.Tensor,
     heads: Sequence[Callable[[torch.Tensor], torch.Tensor]],
@@ -64,8 +78,8 @@ def sequential_mtp_backward(
         `weighted_ce_loss`, `unweighted_ce_loss` and `losses` (B, S, n) of the predictions, detached and not scaled.
 
     Raises:
-        ValueError: as `mtp_ce_loss`; for reduction "none", which has no backward of its own; for a `loss_scale` that is
-            not finite.
+        ValueError: as `mtp_ce_loss`; for reduction "none", which has no backward of its own; for a `loss_scale` that
+            is not finite; for a head that changes the shape.
     """
     check_reduction(reduction)
     if reduction == "none":
@@ -105,14 +119,12 @@ def sequential_mtp_backward(
             hidden.backward(grad.view(hidden.shape).to(hidden.dtype))
         del hidden, rows, grad  # this head's activations, before the next head's
 
-    ends = [(w, grad.to(w.dtype)) for w, grad in zip(lm_heads, grad_weights) if grad is not None]
-    del grad_weights, of_weight
-    if output.grad is not None:
-        ends.append((trunk_output, output.grad))
-    if ends:
-        tensors, grads = zip(*ends)
-        del ends
-        torch.autograd.backward(tensors, grads)
+    grads = [output.grad, *grad_weights]
+    del output, grad_weights, of_weight
+    with torch.enable_grad():
+        end = _Deliver.apply(grads, trunk_output, *lm_heads)
+    if end.requires_grad:
+        end.backward()
     return {
         "weighted_ce_loss": reduce_losses(losses, targets, weights, reduction),
         "unweighted_ce_loss": reduce_losses(losses, targets, None, reduction),

@@ -11,6 +11,7 @@ Shapes: B rows, S positions, n heads, V vocabulary. Head k (1 .. n) at position 
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from lowmem.chunked_cross_entropy import sum_dtype
 from lowmem.mtp_targets import (
@@ -47,6 +48,7 @@ class _LogitLosses(torch.autograd.Function):
         return torch.where(real, log_z - chosen, 0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_losses):
         logits, targets, log_z = ctx.saved_tensors
         # An in-place write raises the version of the logits, so that autograd refuses a second backward and the
@@ -80,8 +82,8 @@ def mtp_logit_losses(
     Args:
         logits: (B, S, n, V)
         targets: (B, S, n), of `shift_labels`.
-        inplace_backward: the backward overwrites `logits` with their gradient. Nothing may read them after it; autograd
-            raises where a backward would.
+        inplace_backward: the backward overwrites `logits` with their gradient. Nothing may read them after it;
+            autograd raises where a backward would.
         chunk_bytes: of logits handled at once.
 
     Raises:
@@ -90,9 +92,7 @@ def mtp_logit_losses(
     if logits.ndim != 4 or logits.shape[:3] != targets.shape:
         raise ValueError(f"logits are {tuple(logits.shape)}; expected {(*targets.shape, 'V')} for these labels")
     if inplace_backward and not logits.is_contiguous():
-        raise ValueError(
-            "inplace_backward needs contiguous logits; these are a view. Leave it out, or pass their base"
-        )
+        raise ValueError("inplace_backward needs contiguous logits, these are a view: leave it out or pass their base")
     check_vocabulary(targets, logits.shape[-1])
     rows = logits.reshape(-1, logits.shape[-1])
     return _LogitLosses.apply(rows, targets.reshape(-1), chunk_bytes, inplace_backward).view(targets.shape)

@@ -15,6 +15,7 @@ Shapes: B rows, S positions, n heads, H hidden size, V vocabulary. Head k (1 .. 
 from collections.abc import Sequence
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from lowmem.chunked_cross_entropy import argmax_rows, backward_rows, compute_dtype, forward_rows, sum_dtype
 from lowmem.mtp_targets import (
@@ -52,6 +53,7 @@ class _HeadLosses(torch.autograd.Function):
         return losses.view(targets.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_losses):
         targets, *saved = ctx.saved_tensors
         n_future = targets.shape[-1]
