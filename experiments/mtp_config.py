@@ -1,5 +1,6 @@
 """The settings of one multi-token-prediction run, from YAML (`--config`) and the command line. One flat dataclass."""
 
+import hashlib
 import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Optional
 import yaml
 from transformers import HfArgumentParser
 
+LIBRARY = ("chunked_cross_entropy", "mtp_targets", "mtp_loss", "mtp_logits", "mtp_backward")  # modules of lowmem/
 PIPELINES = ("baseline", "verifiable", "rho1")
 LOSSES = ("naive", "logits", "hidden", "sequential")
 
@@ -103,6 +105,14 @@ class MtpConfig:
     @property
     def run_name(self) -> str:
         return f"{self.pipeline}_{self.loss}_b{self.batch_size}_n{self.n_future}_seed{self.seed}"
+
+
+def library_sha256() -> str:
+    """One hash of the modules that decide memory and time of these runs."""
+    digest = hashlib.sha256()
+    for name in LIBRARY:
+        digest.update(name.encode() + b"\0" + (Path(__file__).parent.parent / f"lowmem/{name}.py").read_bytes())
+    return digest.hexdigest()
 
 
 def parse_config(argv: list[str]) -> MtpConfig:

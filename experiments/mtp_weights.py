@@ -1,4 +1,4 @@
-"""What the pipelines differ in: the weights of the predictions. Each `..._weights` is made once and called per batch."""
+"""What the pipelines differ in: the weights of the predictions."""
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +77,7 @@ def train_reference(config, rows, tokenizer, vocab_size, log) -> MtpModel:
 
 @torch.no_grad()
 def excess_weights(config, reference: MtpModel, batch: dict, targets, losses) -> torch.Tensor:
-    """Weights of predictions (B, S, n): 1 for each head's `rho1_top_share` of largest loss - reference loss, else 0."""
+    """Weights of predictions (B, S, n): 1 for the share of each head with the largest excess loss, else 0."""
     excess = losses - token_losses(config, reference, batch, targets)
     weights = torch.zeros_like(losses)
     for k in range(targets.shape[-1]):

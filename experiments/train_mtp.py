@@ -2,8 +2,8 @@
 
     python experiments/train_mtp.py --config experiments/configs/mtp/learning.yaml --pipeline rho1 --loss hidden
 
-One loop for all pipelines and all ways to compute the loss; every setting of experiments/mtp_config.py is an option and
-a YAML key. Exit status: 0 ok, 1 error, 2 bad settings, 3 out of memory.
+One loop for all pipelines and all ways to compute the loss; every setting of experiments/mtp_config.py is an option
+and a YAML key. Exit status: 0 ok, 1 error, 2 bad settings, 3 out of memory.
 """
 
 import datetime
@@ -17,9 +17,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from mtp_config import MtpConfig, parse_config  # noqa: E402
+from train import environment, lift_budget, limit_memory, status_kib, write_record  # noqa: E402
+
+from mtp_config import MtpConfig, library_sha256, parse_config  # noqa: E402
 from run_outcome import EXIT_CODES, OUT_OF_MEMORY, SUMMARY_KEYS  # noqa: E402
-from train import environment, lift_budget, limit_memory, status_kib, variants, write_record  # noqa: E402
 
 
 def train(config: MtpConfig, record: dict) -> None:
@@ -131,7 +132,7 @@ def main(argv: list[str]) -> int:
         "tokens": None,
         "summary": dict.fromkeys(SUMMARY_KEYS),
     }
-    record["env"]["lowmem_sha256"] = variants.lowmem_sha256()
+    record["env"]["mtp_sha256"] = library_sha256()
     try:
         train(config, record)
     except Exception as error:  # the outcome is recorded, whatever it is
