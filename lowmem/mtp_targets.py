@@ -78,7 +78,9 @@ def token_weights_by_head(weights: torch.Tensor, n_future: int) -> torch.Tensor:
     return by_head
 
 
-def reduce_losses(losses: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, reduction: str):
+def reduce_losses(
+    losses: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, reduction: str
+) -> torch.Tensor:
     """One number from the (B, S, n) losses of the predictions, which are 0 where there is none.
 
     ```python
@@ -87,10 +89,12 @@ def reduce_losses(losses: torch.Tensor, targets: torch.Tensor, weights: torch.Te
     none = weights * losses
     ```
 
-    `count[k]` is the number of predictions of head k, not the sum of their weights, so halving the weights halves the
-    loss. Without any prediction the mean is a zero that still backpropagates.
+    Weights are of tokens, heads or predictions, as `prediction_weights` takes them. `count[k]` is the number of
+    predictions of head k, not the sum of their weights, so halving the weights halves the loss. Without any prediction
+    the mean is a zero that still backpropagates.
     """
     check_reduction(reduction)
+    weights = prediction_weights(weights, targets)
     if weights is not None:
         losses = losses * weights.to(losses.dtype)
     if reduction == "none":
