@@ -108,6 +108,19 @@ def test_gradients_match_naive(way, tied, dtype, tolerance):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_autocast_gives_what_the_loss_gives_under_autocast():
+    reference = Model(tied=False)
+    ours = copy.deepcopy(reference)
+    ids = torch.randint(0, 61, (3, 9), generator=torch.Generator().manual_seed(2))
+    for model, one in ((reference, tiled), (ours, sequential)):
+        with torch.autocast("cpu", torch.bfloat16):
+            one(model, model.trunk(ids, None), ids, None, None, "mean")
+    for (name, mine), theirs in zip(ours.named_parameters(), reference.named_parameters()):
+        scale = theirs[1].grad.abs().max().item()
+        torch.testing.assert_close(mine.grad, theirs[1].grad, rtol=0, atol=0.02 * scale, msg=name)
+        assert mine.grad.dtype == torch.float32
+
+
 def test_a_head_whose_weight_is_off_by_a_little_is_seen():
     reference = Model(tied=False)
     ours = copy.deepcopy(reference)
