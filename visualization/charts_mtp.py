@@ -3,7 +3,7 @@
     python visualization/charts_mtp.py --runs results/runs/mtp-cpu-2core --out results/mtp
 
 Writes mtp_loss.md (.csv), mtp_training.md, peak_by_heads.png, time_and_memory.png and acceptance.png. A folder without
-records is an error that names it; a chart of times that nobody measured is named as not drawn.
+records is an error that names it; a chart whose runs were not made is named as not drawn.
 """
 
 import argparse
@@ -277,18 +277,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder the charts and tables are written to")
     args = parser.parse_args(argv)
     benchmarks = load(args.runs / "benchmark")
-    training = {name: load(args.runs / name) for name in ("batch8", "batch128", "learning")}
+    names = [name for name in ("batch8", "batch128", "learning") if (args.runs / name).exists()]
+    training = {name: load(args.runs / name) for name in names}
     table = loss_table(benchmarks)
     write_csv(table, args.out / "mtp_loss.csv")
     for name, text in (("mtp_loss", loss_markdown(table, benchmarks)), ("mtp_training", training_markdown(training))):
         write_atomically(args.out / f"{name}.md", lambda path, text=text: path.write_text(text, encoding="utf-8"))
-    style.save(peak_by_heads(benchmarks), args.out / "peak_by_heads.png")
+    if len({r["shape"]["n_future"] for r in benchmarks}) > 1:
+        style.save(peak_by_heads(benchmarks), args.out / "peak_by_heads.png")
+    else:
+        print("not drawn: peak_by_heads: records of one number of heads only")
     timed = [r for r in benchmarks if r["shape"]["n_future"] == 4 and r["methods"].get("naive", {}).get("time_s")]
     if timed:
         style.save(time_and_memory(timed), args.out / "time_and_memory.png")
     else:
         print("not drawn: time_and_memory: no case of 4 heads has times (benchmark_mtp.py --part time)")
-    style.save(acceptance(training["learning"]), args.out / "acceptance.png")
+    if "learning" in training:
+        style.save(acceptance(training["learning"]), args.out / "acceptance.png")
     print(f"{len(benchmarks)} benchmark cases, {sum(map(len, training.values()))} runs -> {args.out}")
 
 
