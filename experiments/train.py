@@ -63,8 +63,6 @@ def set_budget(config: ExperimentConfig, parameters: int) -> None:
     """
     if config.budget_gib is None:
         return
-    import torch
-
     budget = int(config.budget_gib * GIB)
     width = {"float32": 4, "bfloat16": 2, "float64": 8}[config.dtype]
     needed = parameters * width * (2 if config.lora_rank else 5)  # policy, reference; gradients, two moments
@@ -73,10 +71,18 @@ def set_budget(config: ExperimentConfig, parameters: int) -> None:
             f"budget_gib is {config.budget_gib}, but {parameters:,} parameters need {needed / GIB:.2f} GiB "
             "for weights, reference, gradients and optimizer alone. Raise the budget or take a smaller model."
         )
+    limit_memory(config.budget_gib)
+
+
+def limit_memory(budget_gib: float) -> None:
+    """Limits what this process may allocate from now on: the CUDA allocator's share, or address space on a CPU."""
+    import torch
+
+    budget = int(budget_gib * GIB)
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         if budget > total:
-            raise ValueError(f"budget_gib is {config.budget_gib}, but the device has {total / GIB:.1f} GiB")
+            raise ValueError(f"budget_gib is {budget_gib}, but the device has {total / GIB:.1f} GiB")
         torch.cuda.set_per_process_memory_fraction(budget / total)
     else:
         # The limit counts address space; what is reserved and never touched (thread stacks, heap arenas) is added.
@@ -84,7 +90,8 @@ def set_budget(config: ExperimentConfig, parameters: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (budget + max(reserved, 0), resource.RLIM_INFINITY))
 
 
-def environment(stage) -> dict:
+def environment(stage=None) -> dict:
+    """Machine, packages and commit; `stage` is the fork tree of a run that uses one."""
     import torch
     import transformers
 
@@ -102,8 +109,9 @@ def environment(stage) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "trl": stage.pin[1:],
-        "tree": {
+        "trl": stage and stage.pin[1:],
+        "tree": stage
+        and {
             "pin": stage.pin,
             "stage": stage.name,
             "stage_name": stage.subject,

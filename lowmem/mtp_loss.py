@@ -1,0 +1,232 @@
+"""Multi-token-prediction loss from hidden states: no logits of (batch, positions, heads, vocabulary), not even of one.
+
+The obvious way computes the logits of n heads and keeps the log-softmax of all of them for the backward. Here one head
+after the other is projected in tiles of (chunk_tokens, chunk_vocab), and again in the backward. The peak is a tile; it
+does not know the number of heads, the number of tokens or the vocabulary. What is left are the gradients that the
+caller gets. Only predictions that count are projected (no padding, no ignored label), and in the backward only those
+whose weight is not zero.
+
+    losses = mtp_ce_loss(hidden, model.lm_head.weight, labels, attention_mask, weights=weights)
+    losses["weighted_ce_loss"].backward()
+
+Shapes: B rows, S positions, n heads, H hidden size, V vocabulary. Head k (1 .. n) at position t predicts token t + k.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from lowmem.chunked_cross_entropy import argmax_rows, backward_rows, compute_dtype, forward_rows, sum_dtype
+from lowmem.mtp_targets import (
+    IGNORE_INDEX,
+    check_reduction,
+    check_vocabulary,
+    prediction_weights,
+    reduce_losses,
+    shift_labels,
+)
+
+CHUNK_TOKENS, CHUNK_VOCAB = 512, 4096  # a tile of 8 MiB in float32; docs/mtp.md measures others
+
+Heads = torch.Tensor | Sequence[torch.Tensor]
+
+
+class _HeadLosses(torch.autograd.Function):
+    """Losses (B, S, n) of all heads. `tensors`: the hidden states, then the weights; one for all heads or one each."""
+
+    @staticmethod
+    def forward(ctx, targets, tile, num_hidden, *tensors):
+        hidden, weight = tensors[:num_hidden], tensors[num_hidden:]
+        n_future, flat = targets.shape[-1], targets.view(-1, targets.shape[-1])
+        ctx.dtype = compute_dtype(hidden[0])
+        losses = torch.zeros(flat.shape, dtype=sum_dtype(ctx.dtype), device=targets.device)
+        log_z = []
+        for k in range(n_future):
+            index = (flat[:, k] != IGNORE_INDEX).nonzero().squeeze(-1)
+            rows = of_head(hidden, k).reshape(-1, hidden[0].shape[-1])
+            head_losses, head_log_z = forward_rows(rows, index, of_head(weight, k), flat[index, k], tile, ctx.dtype)
+            losses[index, k] = head_losses
+            log_z.append(head_log_z)
+        ctx.save_for_backward(targets, *log_z, *tensors)
+        ctx.tile, ctx.num_hidden = tile, num_hidden
+        return losses.view(targets.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_losses):
+        targets, *saved = ctx.saved_tensors
+        n_future = targets.shape[-1]
+        log_z, tensors = saved[:n_future], saved[n_future:]
+        hidden, weight = tensors[: ctx.num_hidden], tensors[ctx.num_hidden :]
+        flat, grad_losses = targets.view(-1, n_future), grad_losses.reshape(-1, n_future)
+        grads = [
+            torch.zeros(x.shape, dtype=sum_dtype(x.dtype), device=x.device) if needed else None
+            for x, needed in zip(tensors, ctx.needs_input_grad[3:])
+        ]
+        grad_hidden, grad_weight = grads[: ctx.num_hidden], grads[ctx.num_hidden :]
+        for k in range(n_future):
+            index = (flat[:, k] != IGNORE_INDEX).nonzero().squeeze(-1)
+            size = hidden[0].shape[-1]
+            of_hidden = of_head(grad_hidden, k)
+            backward_rows(
+                of_head(hidden, k).reshape(-1, size),
+                index,
+                of_head(weight, k),
+                flat[index, k],
+                log_z[k],
+                grad_losses[index, k],
+                None if of_hidden is None else of_hidden.view(-1, size),
+                of_head(grad_weight, k),
+                ctx.tile,
+                ctx.dtype,
+            )
+        for i, (x, grad) in enumerate(zip(tensors, grads)):
+            grads[i] = None if grad is None else grad.to(x.dtype)
+        return None, None, None, *grads
+
+
+def of_head(tensors: Sequence, k: int):
+    """What head k uses: the only one, or its own."""
+    return tensors[k if len(tensors) > 1 else 0]
+
+
+def mtp_token_losses(
+    hidden: Heads,
+    weight: Heads,
+    targets: torch.Tensor,
+    *,
+    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_vocab: int = CHUNK_VOCAB,
+) -> torch.Tensor:
+    """Cross-entropy of every prediction, (B, S, n), 0 where there is none. Equal to
+
+    ```python
+    logits = hidden @ weight.T  # (B, S, n, V)
+    F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none").view(targets.shape)
+    ```
+
+    but holds one tile of `chunk_tokens * chunk_vocab` logits (two in low precision). Any function of the result
+    may be differentiated. bfloat16 and float16 are projected in their type; statistics and sums are float32.
+
+    Args:
+        hidden: (B, S, H) shared by the heads, (B, S, n, H), or a sequence of n tensors (B, S, H).
+        weight: the LM head (V, H), or a sequence of n of them.
+        targets: (B, S, n), of `shift_labels`.
+
+    Raises:
+        ValueError: for shapes that do not fit, labels outside the vocabulary, and chunks < 1.
+    """
+    hidden, weight = per_head(hidden, weight, targets)
+    check_vocabulary(targets, weight[0].shape[0])
+    return _HeadLosses.apply(targets, check_tile(chunk_tokens, chunk_vocab), len(hidden), *hidden, *weight)
+
+
+def mtp_ce_loss(
+    hidden: Heads,
+    weight: Heads,
+    labels: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    n_future: int | None = None,
+    weights: torch.Tensor | None = None,
+    reduction: str = "mean",
+    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_vocab: int = CHUNK_VOCAB,
+) -> dict[str, torch.Tensor]:
+    """`compute_mtp_ce_loss(hidden @ weight.T, labels, attention_mask, weights, reduction)` without the logits.
+
+    Args:
+        hidden, weight: as in `mtp_token_losses`.
+        labels: (B, S), the token at each position, not shifted; -100 is not predicted.
+        attention_mask: (B, S), 0 at padding.
+        n_future: number of heads; only needed where `hidden` and `weight` are both shared by them.
+        weights: (B, S) of tokens, (n,) of heads or (B, S, n) of predictions; see `prediction_weights`.
+        reduction: "mean", "sum" or "none"; see `reduce_losses`.
+
+    Returns:
+        `weighted_ce_loss` and `unweighted_ce_loss`, both with gradients.
+
+    Raises:
+        ValueError: as `shift_labels`, `prediction_weights` and `mtp_token_losses` do.
+    """
+    check_reduction(reduction)
+    targets = shift_labels(labels, attention_mask, number_of_heads(hidden, weight, n_future))
+    weights = prediction_weights(weights, targets)
+    losses = mtp_token_losses(hidden, weight, targets, chunk_tokens=chunk_tokens, chunk_vocab=chunk_vocab)
+    return {
+        "weighted_ce_loss": reduce_losses(losses, targets, weights, reduction),
+        "unweighted_ce_loss": reduce_losses(losses, targets, None, reduction),
+    }
+
+
+@torch.no_grad()
+def mtp_predictions(
+    hidden: Heads,
+    weight: Heads,
+    targets: torch.Tensor,
+    *,
+    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_vocab: int = CHUNK_VOCAB,
+) -> torch.Tensor:
+    """The likeliest token of every prediction, (B, S, n), -100 where there is none; no more memory than the loss.
+
+    `(predictions == targets)[targets != -100]` of the heads after the first is MTP acceptance: how often a draft of
+    theirs would be right.
+    """
+    hidden, weight = per_head(hidden, weight, targets)
+    tile = check_tile(chunk_tokens, chunk_vocab)
+    flat = targets.view(-1, targets.shape[-1])
+    best = torch.full_like(flat, IGNORE_INDEX)
+    for k in range(flat.shape[-1]):
+        index = (flat[:, k] != IGNORE_INDEX).nonzero().squeeze(-1)
+        rows = of_head(hidden, k).reshape(-1, hidden[0].shape[-1])
+        best[index, k] = argmax_rows(rows, index, of_head(weight, k), tile, compute_dtype(rows))
+    return best.view(targets.shape)
+
+
+def number_of_heads(hidden: Heads, weight: Heads, n_future: int | None) -> int:
+    """`n_future`, or what the shapes say. Raises ValueError where they say nothing."""
+    if n_future is not None:
+        return n_future
+    for tensors in (hidden, weight):
+        if not isinstance(tensors, torch.Tensor):
+            return len(tensors)
+    if hidden.ndim == 4:
+        return hidden.shape[2]
+    raise ValueError("hidden states and weight are shared by all heads; say how many there are with n_future")
+
+
+def per_head(hidden: Heads, weight: Heads, targets: torch.Tensor) -> tuple[tuple, tuple]:
+    """Hidden states (B, S, H) and weights (V, H), each a tuple of one for all heads or of one per head.
+
+    Raises:
+        ValueError: if they do not fit each other and the (B, S, n) targets.
+    """
+    batch, length, n_future = targets.shape
+    if not isinstance(hidden, torch.Tensor):
+        hiddens = tuple(hidden)
+    else:
+        hiddens = hidden.unbind(2) if hidden.ndim == 4 else (hidden,)
+    weights = (weight,) if isinstance(weight, torch.Tensor) else tuple(weight)
+    shared = isinstance(hidden, torch.Tensor) and hidden.ndim == 3
+    good = len(hiddens) == (1 if shared else n_future) and all(h.ndim == 3 for h in hiddens)
+    good = good and {h.shape for h in hiddens} == {(batch, length, hiddens[0].shape[-1])}
+    if not good:
+        given = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else [tuple(h.shape) for h in hiddens]
+        raise ValueError(
+            f"hidden states are {given}; for labels ({batch}, {length}) and {n_future} heads expected "
+            f"({batch}, {length}, H), ({batch}, {length}, {n_future}, H) or {n_future} tensors ({batch}, {length}, H)"
+        )
+    size = hiddens[0].shape[-1]
+    good = len(weights) == (1 if isinstance(weight, torch.Tensor) else n_future)
+    if not good or any(w.ndim != 2 or w.shape[1] != size or w.shape != weights[0].shape for w in weights):
+        given = [tuple(w.shape) for w in weights]
+        raise ValueError(f"LM head weights are {given}; expected one (V, {size}) or a sequence of {n_future} of them")
+    return hiddens, weights
+
+
+def check_tile(chunk_tokens: int, chunk_vocab: int) -> tuple[int, int]:
+    if chunk_tokens < 1 or chunk_vocab < 1:
+        raise ValueError(f"chunk_tokens and chunk_vocab are {chunk_tokens} and {chunk_vocab}; they must be at least 1")
+    return chunk_tokens, chunk_vocab
