@@ -31,7 +31,7 @@ class BaseModel:
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     max_position_embeddings: int = 128
-    steps: int = 900
+    steps: int = 500
     rows_per_step: int = 64
     learning_rate: float = 2e-3
     sentence_count: int = 40_000

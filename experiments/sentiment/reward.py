@@ -36,7 +36,7 @@ def check_rewards(values, completions: list[str], name: str) -> list[float]:
     try:
         values = list(values)
     except TypeError:
-        raise ValueError(f"the reward {name} returned {values!r}, expected a list of {len(completions)} numbers") from None
+        raise ValueError(f"the reward {name} returned {values!r}, expected {len(completions)} numbers") from None
     if len(values) != len(completions):
         raise ValueError(f"the reward {name} returned {len(values)} values for {len(completions)} completions")
     for position, value in enumerate(values):
