@@ -3,9 +3,10 @@
     python experiments/train_sentiment.py --config experiments/configs/sentiment.yaml
     python experiments/train_sentiment.py --model TinyLlama/TinyLlama-1.1B-Chat-v1.0 --load_in_bits 4
 
-Every setting of experiments/sentiment/config.py is an option and a YAML key. The output folder gets the adapter (or the
-whole model with --save_merged True) and its tokenizer, the curve, the record, and while the training runs a checkpoint
-from which the same command goes on after a kill. Exit status: 0 ok, 1 error, 2 bad settings, 3 out of memory.
+Every setting of experiments/sentiment/config.py is an option and a YAML key. The output folder gets the adapter (or
+the whole model with --save_merged True) and its tokenizer, the curve, the record, and while the training runs a
+checkpoint from which the same command goes on after a kill. Exit status: 0 ok, 1 error, 2 bad settings, 3 out of
+memory.
 """
 
 import datetime
@@ -30,7 +31,7 @@ CHECKPOINT = "checkpoint.safetensors"
 
 
 def parse_config(argv: list[str]):
-    """`(config, stage)`. The algorithm, or an explicit `tree`, decides which fork tree's `TrlParser` reads the rest."""
+    """`(config, stage)`. The algorithm, or `tree`, decides which fork tree's `TrlParser` reads the rest."""
     chosen = {}
     for position, word in enumerate(argv):
         if word == "--config" and position + 1 < len(argv):
@@ -99,8 +100,10 @@ def train(config: SentimentConfig, stage, record: dict) -> None:
     built = build_trainer(config, stage, source, tokenizer, progress, done)
     trainer, policy, reference, value_model, base_sha256 = built
     if config.lora_dropout and config.lora_rank and config.algorithm != "grpo":
-        print(f"lora_dropout {config.lora_dropout} has no effect: the trainer turns all dropout off, so that old and new "
-              "log-probabilities are those of one model")  # fmt: skip
+        print(
+            f"lora_dropout {config.lora_dropout} has no effect: the trainer turns all dropout off, so that old and "
+            "new log-probabilities are those of one model"
+        )
     before = header["seen"]["before"] if header else judge(policy, None, tokenizer, config)
     show_samples("before", before)
 
@@ -177,11 +180,13 @@ def train(config: SentimentConfig, stage, record: dict) -> None:
     save_model(config, policy, tokenizer, source, base_sha256)
     positives, samples = (sum(entry[key] for entry in progress.history) for key in ("positives", "samples"))
     print(
-        f"\ntraining: {config.batches} batches, {positives} of {samples} samples positive ({positives / samples:.1%})\n"
+        f"\ntraining: {config.batches} batches, {positives} of {samples} samples positive "
+        f"({positives / samples:.1%})\n"
         f"success rate: {before['success_rate']:.1%} untrained, {after['success_rate']:.1%} trained "
         f"(n = {after['samples']} each)\n"
         f"KL to the untrained model: {after['kl']:.2f} +- {after['kl_se']:.2f} nats per completion\n"
-        f"different completions: {before['distinct']} before, {after['distinct']} after; target words {after['words']}\n"
+        f"different completions: {before['distinct']} before, {after['distinct']} after\n"
+        f"target words after: {after['words']}\n"
         f"the model is in {out}"
     )
     kept.unlink(missing_ok=True)

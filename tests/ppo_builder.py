@@ -5,9 +5,10 @@ import copy
 from types import SimpleNamespace
 
 import torch
+from transformers import AutoModelForSequenceClassification
+
 import trainers
 from rewards import load_reward
-from transformers import AutoModelForSequenceClassification
 
 
 class FunctionAsRewardModel(torch.nn.Module):
@@ -29,6 +30,7 @@ class FunctionAsRewardModel(torch.nn.Module):
 
 def build(config, tokenizer, prompts, stage_name, callbacks, reward_as_module):
     from peft import get_peft_model
+
     from trl import PPOConfig, PPOTrainer
 
     stage = int(stage_name)

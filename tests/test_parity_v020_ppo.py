@@ -1,6 +1,6 @@
 """Every PPO patch of the v0.20.0 series against the unpatched tree, as test_parity_v020.py does for RLOO: the same
-prompts, sampled tokens, log-probabilities, values, rewards, advantages, loss, gradients and parameters of the policy and
-of the value model after three generated batches. Ragged prompts and responses, two micro-batches."""
+prompts, sampled tokens, log-probabilities, values, rewards, advantages, loss, gradients and parameters of the policy
+and of the value model after three generated batches. Ragged prompts and responses, two micro-batches."""
 
 import pytest
 from test_parity_v020 import ARGUMENTS, SETTINGS, TOLERANCE, assert_same
@@ -76,7 +76,9 @@ def test_series_matches_upstream_with_a_reward_model(run_probe):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [{"cliprange": 1e-4}, {"cliprange_value": 1e-3}, {"kl_estimator": "k3"}], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [{"cliprange": 1e-4}, {"cliprange_value": 1e-3}, {"kl_estimator": "k3"}], ids=str
+)
 def test_series_matches_upstream_with_argument(run_probe, arguments):
     ours = run(run_probe, "string-level", arguments)
     assert_same(ours, run(run_probe, "baseline", arguments), TOLERANCE["float64"])

@@ -1,9 +1,10 @@
 """Charts and table of the sentiment recipe, from its records alone.
 
-    python visualization/sentiment_charts.py --runs results/runs/cpu-2core/sentiment/comparison --out results
+    python visualization/sentiment_charts.py --runs results/runs/cpu-2core/sentiment --out results
 
-writes `sentiment_comparison.png` and `sentiment_comparison.md`: PPO, RLOO and GRPO at equal samples. `draw_curve` draws
-one run (reward, KL, success rate); train_sentiment.py calls it at its end.
+writes `sentiment_comparison.png` and `sentiment_comparison.md`: PPO, RLOO and GRPO at equal samples, from the folders
+`learning`, `memory` and `time` of experiments/run_sentiment_comparison.sh. `draw_curve` draws one run (reward, KL,
+success rate); train_sentiment.py calls it at its end.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from visualization.style import MUTED, SMALL_PT, TITLE_PT, WIDTH_IN, save, three
 COLOURS = {"ppo": "#D55E00", "rloo_k2": "#56B4E9", "rloo_k4": "#009E73", "rloo_k8": "#0072B2"}
 COLOURS |= {"grpo_k2": "#F0E442", "grpo_k4": "#CC79A7", "grpo_k8": "#E69F00"}
 MIB = 2**20
+ALL_WEIGHTS = " all weights"
 
 
 def name_of(record: dict) -> str:
@@ -67,7 +69,8 @@ def _of(record: dict) -> str:
     env, config = record["env"], record["config"]
     commit = (env["repo_commit"] or "not recorded")[:10] + ("+dirty" if env["repo_dirty"] else "")
     model = Path(config["model"]).name if config["model"] else "built-in Llama"
-    return f"{model} ({record['summary']['parameters']:,} parameters with adapters), {env['device']}, TRL {env['trl']}, commit {commit}"
+    size = f"{record['summary']['parameters']:,} parameters with adapters"
+    return f"{model} ({size}), {env['device']}, TRL {env['trl']}, commit {commit}"
 
 
 def draw_curve(record: dict, path: Path) -> Path:
@@ -75,7 +78,8 @@ def draw_curve(record: dict, path: Path) -> Path:
     summary, config = record["summary"], record["config"]
     before, after = summary["before"], summary["after"]
     note = (
-        f"{_of(record)}, {record['started_at'][:10]}\n{config['epochs']} epochs of {len(config['prompts'])} prompts, batch "
+        f"{_of(record)}, {record['started_at'][:10]}\n{config['epochs']} epochs of {len(config['prompts'])} prompts, "
+        "batch "
         f"{config['batch_size']}, {config['ppo_epochs']} passes, learning rate {config['learning_rate']:g}, KL weight "
         f"{config['kl_coef']:g}, seed {config['seed']}; faint: each batch, bold: mean of 5; dots: judged on "
         f"{after['samples']} samples"
@@ -105,69 +109,89 @@ def draw_curve(record: dict, path: Path) -> Path:
     return path
 
 
-def load(runs: Path) -> dict[str, list[dict]]:
-    """The ok records of a folder by algorithm, in the order of `COLOURS`.
+SAME = ("model", "batch_size", "mini_batch_size", "ppo_epochs", "learning_rate", "kl_coef", "max_new_tokens", "dtype")
+
+
+def load(folder: Path) -> dict[str, list[dict]]:
+    """The records of a folder by algorithm, in the order of `COLOURS`; all weights trained as `<name> all weights`.
 
     Raises:
-        ValueError: if a run did not end ok, or if two differ in a setting that has to be the same.
+        ValueError: if there is none, if one did not end ok, or if two differ in a setting that has to be the same.
     """
     groups: dict[str, list[dict]] = {}
-    for path in sorted(runs.glob("*.json")):
+    first = None
+    for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
         if record["status"] != "ok":
             raise ValueError(f"{path} ended as {record['status']}: {record['error']}")
-        groups.setdefault(name_of(record), []).append(record)
+        config = record["config"]
+        first = first or config
+        if different := [key for key in (*SAME, "epochs") if config[key] != first[key]]:
+            raise ValueError(f"{path} has another {different[0]} than the first run of its folder: not comparable")
+        groups.setdefault(name_of(record) + ("" if config["lora_rank"] else ALL_WEIGHTS), []).append(record)
     if not groups:
-        raise ValueError(f"{runs} holds no record; make them with experiments/run_sentiment_comparison.sh")
-    first = next(iter(groups.values()))[0]["config"]
-    same = ("model", "lora_rank", "batch_size", "epochs", "ppo_epochs", "kl_coef", "max_new_tokens", "dtype")
-    for records in groups.values():
-        for record in records:
-            if different := [key for key in same if record["config"][key] != first[key]]:
-                raise ValueError(f"{record['run']} has another {different[0]} than {first['algorithm']}; not comparable")
-    return {name: groups[name] for name in COLOURS if name in groups}
+        raise ValueError(f"{folder} holds no record; make them with experiments/run_sentiment_comparison.sh")
+    return {
+        name + more: groups[name + more] for more in ("", ALL_WEIGHTS) for name in COLOURS if name + more in groups
+    }
 
 
-def _spread(values: list[float]) -> str:
+def seconds_per_batch(records: list[dict]) -> list[float]:
+    return [record["summary"]["train_s"] / len(record["summary"]["history"]) for record in records]
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation."""
     mean = statistics.fmean(values)
-    return three_digits(mean) if len(values) < 2 else f"{three_digits(mean)} ± {three_digits(statistics.stdev(values))}"
-
-
-def draw_comparison(groups: dict[str, list[dict]], path: Path) -> None:
-    first = next(iter(groups.values()))[0]
-    config = first["config"]
-    seeds = {record["seed"] for records in groups.values() for record in records}
-    note = (
-        f"{_of(first)}, {first['started_at'][:10]}\n{config['batch_size']} completions per batch, {config['ppo_epochs']} "
-        f"passes, {config['epochs'] * len(config['prompts'])} samples in every run; {len(seeds)} seeds: line mean, band "
-        "lowest to highest; memory: live bytes of tensors (solid) and growth of resident memory (hatched)"
+    return (
+        three_digits(mean) if len(values) < 2 else f"{three_digits(mean)} ± {three_digits(statistics.stdev(values))}"
     )
-    figure = _head("PPO, RLOO and GRPO at equal samples", note, 5.2)
-    curve, memory, time = figure.subplots(1, 3, width_ratios=(1.6, 1.1, 0.9))
-    for name, records in groups.items():
+
+
+def _peak_mib(record: dict) -> tuple[float, float]:
+    """(live tensor bytes, growth of resident memory), MiB."""
+    summary = record["summary"]
+    return summary["live_peak_bytes"] / MIB, (summary["rss_peak_bytes"] - summary["rss_start_bytes"]) / MIB
+
+
+def draw_comparison(learning: dict, memory: dict, times: dict, path: Path) -> None:
+    first = next(iter(learning.values()))[0]
+    config = first["config"]
+    runs = len(next(iter(learning.values())))
+    note = (
+        f"{_of(first)}, {first['started_at'][:10]}\nevery run: {config['epochs'] * len(config['prompts'])} samples in "
+        f"batches of {config['batch_size']}, {config['ppo_epochs']} passes each, learning rate "
+        f"{config['learning_rate']:g}, KL weight {config['kl_coef']:g}; {runs} seeds (line: mean, band: lowest to "
+        "highest)"
+        "\nmemory: peak of live tensor bytes with adapters (full colour) and with all weights trained (pale); "
+        f"time: mean and range of {len(next(iter(times.values())))} runs"
+    )
+    figure = _head("PPO, RLOO and GRPO on the sentiment task, at equal samples", note, 5.2)
+    curve, peak, clock = figure.subplots(1, 3, width_ratios=(1.7, 1.1, 0.9))
+    for name, records in learning.items():
         curves = [moving([entry["reward_mean"] for entry in r["summary"]["history"]]) for r in records]
         samples = _samples_axis(records[0])
+        low, high = ([pick(values) for values in zip(*curves)] for pick in (min, max))
+        curve.fill_between(samples, low, high, color=COLOURS[name], alpha=0.13, linewidth=0)
         mean = [statistics.fmean(values) for values in zip(*curves)]
         curve.plot(samples, mean, color=COLOURS[name], linewidth=2, label=name)
-        curve.fill_between(samples, [min(v) for v in zip(*curves)], [max(v) for v in zip(*curves)],
-                           color=COLOURS[name], alpha=0.12, linewidth=0)  # fmt: skip
     curve.set(xlabel="samples", xlim=(0, None), ylim=(-1.05, 1.05))
     curve.set_title("mean reward (mean of 5 batches)", fontsize=10)
     curve.grid(axis="y")
-    names = list(groups)
+    names = list(learning)
     for place, name in enumerate(names):
-        live = [r["summary"]["live_peak_bytes"] / MIB for r in groups[name] if r["summary"]["live_peak_bytes"]]
-        rss = [(r["summary"]["rss_peak_bytes"] - r["summary"]["rss_start_bytes"]) / MIB for r in groups[name]]
-        if live:
-            memory.bar(place - 0.2, statistics.fmean(live), 0.38, color=COLOURS[name])
-            memory.text(place - 0.2, max(live), f"{statistics.fmean(live):.0f}", ha="center", va="bottom", fontsize=8)
-        memory.bar(place + 0.2, statistics.fmean(rss), 0.38, color="white", edgecolor=COLOURS[name], hatch="///")
-        memory.text(place + 0.2, max(rss), f"{statistics.fmean(rss):.0f}", ha="center", va="bottom", fontsize=8)
-        seconds = [r["summary"]["train_s"] for r in groups[name]]
-        time.bar(place, statistics.fmean(seconds), 0.7, color=COLOURS[name])
-        time.errorbar(place, statistics.fmean(seconds), [[statistics.fmean(seconds) - min(seconds)],
-                      [max(seconds) - statistics.fmean(seconds)]], color="black", capsize=3)  # fmt: skip
-    for panel, title in ((memory, "peak memory, MiB"), (time, "training, s")):
+        for offset, key, alpha in ((-0.2, name, 1.0), (0.2, name + ALL_WEIGHTS, 0.45)):
+            if key in memory:
+                live = _peak_mib(memory[key][0])[0]
+                peak.bar(place + offset, live, 0.38, color=COLOURS[name], alpha=alpha)
+                peak.text(place + offset, live, f"{live:.0f}", ha="center", va="bottom", fontsize=8)
+        if name in times:
+            seconds = seconds_per_batch(times[name])
+            mean = statistics.fmean(seconds)
+            clock.bar(place, mean, 0.7, color=COLOURS[name])
+            around = [[mean - min(seconds)], [max(seconds) - mean]]
+            clock.errorbar(place, mean, around, color="black", capsize=3, linewidth=1)
+    for panel, title in ((peak, "peak of live tensors, MiB"), (clock, "time per batch, s")):
         panel.set_title(title, fontsize=10)
         panel.set_xticks(range(len(names)), names, rotation=45, ha="right")
         panel.grid(axis="y")
@@ -175,40 +199,61 @@ def draw_comparison(groups: dict[str, list[dict]], path: Path) -> None:
     save(figure, path)
 
 
-def comparison_table(groups: dict[str, list[dict]]) -> str:
-    """Markdown: success, KL, diversity, peaks by both meters, time; mean ± standard deviation over the seeds."""
-    first = next(iter(groups.values()))[0]
-    tokens = first["tokens"]
+def comparison_table(learning: dict, memory: dict, times: dict) -> str:
+    """Markdown: success, KL and diversity; peaks by both meters; time. Mean ± standard deviation over the runs."""
+    first = next(iter(learning.values()))[0]
+    tokens, config = first["tokens"], first["config"]
     prompt, completion = (max(tokens[f"{kind}_tokens_per_row"]) for kind in ("prompt", "completion"))
     lines = [
-        f"{tokens['rows_per_step']} completions per batch, at most {prompt} + {completion} tokens each, "
-        f"{first['config']['epochs'] * len(first['config']['prompts'])} samples per run; {_of(first)}.",
-        "Live: peak of live tensor bytes. Resident: growth of resident memory over the training. Mean ± standard "
-        "deviation over the seeds.",
+        "# PPO, RLOO and GRPO on the sentiment task, at equal samples",
         "",
-        "| algorithm | runs | success before, % | after, % | KL, nats | different of | live peak, MiB | resident, MiB "
-        "| value model, MiB | training, s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"{tokens['rows_per_step']} rows per batch of at most {prompt} + {completion} tokens, "
+        f"{config['epochs'] * len(config['prompts'])} samples per run. {_of(first)}.",
+        "Mean ± standard deviation over the runs. Made by `visualization/sentiment_charts.py`.",
+        "",
+        "| algorithm | seeds | success untrained, % | trained, % | KL to the untrained model, nats "
+        "| different completions | largest share of one word, % |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for name, records in groups.items():
+    for name, records in learning.items():
         s = [record["summary"] for record in records]
-        value = [
-            sum(x["value_model"][key] for key in ("weight_bytes", "gradient_bytes", "optimizer_bytes")) / MIB
-            for x in s
-            if x["value_model"]
-        ]
-        live = [x["live_peak_bytes"] / MIB for x in s if x["live_peak_bytes"]]
         cells = [
             name,
             str(len(records)),
-            _spread([100 * x["before"]["success_rate"] for x in s]),
-            _spread([100 * x["after"]["success_rate"] for x in s]),
-            _spread([x["after"]["kl"] for x in s]),
-            f"{_spread([x['after']['distinct'] for x in s])} of {s[0]['after']['samples']}",
-            _spread(live) if live else "–",
-            _spread([(x["rss_peak_bytes"] - x["rss_start_bytes"]) / MIB for x in s]),
-            three_digits(statistics.fmean(value)) if value else "–",
-            _spread([x["train_s"] for x in s]),
+            spread([100 * x["before"]["success_rate"] for x in s]),
+            spread([100 * x["after"]["success_rate"] for x in s]),
+            spread([x["after"]["kl"] for x in s]),
+            f"{spread([x['after']['distinct'] for x in s])} of {s[0]['after']['samples']}",
+            spread([100 * (x["after"]["top_word_share"] or 0) for x in s]),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Live: peak of live tensor bytes. Resident: growth of resident memory over the training, sampled. Value model: "
+        "its weights, gradients and AdamW state, in PPO only. Time: without the meter, "
+        f"{len(next(iter(times.values())))} runs.",
+        "",
+        "| algorithm | live peak, MiB | of PPO's, % | in phase | resident, MiB | value model, MiB | s per batch "
+        "| PPO's time / its |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, records in memory.items():
+        summary = records[0]["summary"]
+        live, resident = _peak_mib(records[0])
+        ppo = "ppo" + (ALL_WEIGHTS if name.endswith(ALL_WEIGHTS) else "")
+        value = summary["value_model"]
+        held = sum(value[k] for k in ("weight_bytes", "gradient_bytes", "optimizer_bytes")) / MIB if value else None
+        seconds = seconds_per_batch(times[name]) if name in times else None
+        ratio = statistics.fmean(seconds_per_batch(times["ppo"])) / statistics.fmean(seconds) if seconds else None
+        cells = [
+            name,
+            three_digits(live),
+            f"{100 * live / _peak_mib(memory[ppo][0])[0]:.0f}",
+            summary["live_peak_phase"],
+            f"{resident:.0f}",
+            "–" if held is None else three_digits(held),
+            spread(seconds) if seconds else "–",
+            three_digits(ratio) if ratio else "–",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -216,18 +261,17 @@ def comparison_table(groups: dict[str, list[dict]]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, required=True, help="folder of the records")
+    parser.add_argument("--runs", type=Path, required=True, help="folder with learning/, memory/ and time/")
     parser.add_argument("--out", type=Path, required=True, help="folder that the chart and the table are written to")
-    parser.add_argument("--name", default="sentiment_comparison", help="name of both files")
     args = parser.parse_args(argv)
     try:
-        groups = load(args.runs)
+        parts = [load(args.runs / part) for part in ("learning", "memory", "time")]
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
     args.out.mkdir(parents=True, exist_ok=True)
-    draw_comparison(groups, args.out / f"{args.name}.png")
-    table = comparison_table(groups)
-    write_atomically(args.out / f"{args.name}.md", lambda target: Path(target).write_text(table, encoding="utf-8"))
+    draw_comparison(*parts, args.out / "sentiment_comparison.png")
+    table = comparison_table(*parts)
+    write_atomically(args.out / "sentiment_comparison.md", lambda path: path.write_text(table, encoding="utf-8"))
     print(table)
 
 

@@ -24,10 +24,10 @@ PAD, EOS = "<|pad|>", "<|endoftext|>"
 class BaseModel:
     """What the default model is made of; every field is part of its name in the cache."""
 
-    vocab_size: int = 4096
-    hidden_size: int = 128
-    intermediate_size: int = 344
-    num_hidden_layers: int = 4
+    vocab_size: int = 2048
+    hidden_size: int = 96
+    intermediate_size: int = 256
+    num_hidden_layers: int = 3
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     max_position_embeddings: int = 128
