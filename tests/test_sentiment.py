@@ -172,7 +172,7 @@ def small_adapter(model_folder: Path, out: Path, config: SentimentConfig):
         if "lora_B" in name:
             parameter.data.normal_(std=0.1)
     tokenizer = load_tokenizer(str(model_folder))
-    expected = policy(**tokenizer("I feel so", return_tensors="pt")).logits.detach()
+    expected = policy.eval()(**tokenizer("I feel so", return_tensors="pt")).logits.detach()
     save_model(replace(config, output_dir=str(out)), policy, tokenizer, str(model_folder), sha256)
     return expected
 

@@ -89,7 +89,7 @@ def draw_curve(record: dict, path: Path) -> Path:
     samples, history = _samples_axis(record), summary["history"]
     panels = (
         ("mean reward", [entry["reward_mean"] for entry in history], None),
-        ("KL to the untrained model, nats per completion", [entry["kl"] for entry in history], (0.0, after["kl"])),
+        ("KL, nats per completion", [entry["kl"] for entry in history], (0.0, after["kl"])),
         ("success rate, %", [100 * rate for rate in success_rates(record)],
          (100 * before["success_rate"], 100 * after["success_rate"])),
     )  # fmt: skip
@@ -141,11 +141,11 @@ def seconds_per_batch(records: list[dict]) -> list[float]:
 
 
 def spread(values: list[float]) -> str:
-    """Mean ± standard deviation."""
-    mean = statistics.fmean(values)
-    return (
-        three_digits(mean) if len(values) < 2 else f"{three_digits(mean)} ± {three_digits(statistics.stdev(values))}"
-    )
+    """Mean ± standard deviation, with the decimals of the mean."""
+    mean = three_digits(statistics.fmean(values))
+    if len(values) < 2:
+        return mean
+    return f"{mean} ± {statistics.stdev(values):.{len(mean.partition('.')[2])}f}"
 
 
 def _peak_mib(record: dict) -> tuple[float, float]:
@@ -229,8 +229,8 @@ def comparison_table(learning: dict, memory: dict, times: dict) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
-        "Live: peak of live tensor bytes. Resident: growth of resident memory over the training, sampled. Value model: "
-        "its weights, gradients and AdamW state, in PPO only. Time: without the meter, "
+        "Live: peak of live tensor bytes. Resident: growth of resident memory over the training, sampled. "
+        "Value model: its weights, gradients and AdamW state, in PPO only. Time: without the meter, "
         f"{len(next(iter(times.values())))} runs.",
         "",
         "| algorithm | live peak, MiB | of PPO's, % | in phase | resident, MiB | value model, MiB | s per batch "

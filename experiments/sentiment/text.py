@@ -75,7 +75,7 @@ def _middle(rng: random.Random, opening: str) -> str:
             return "smile" if rng.random() < TARGET_SHARE else rng.choice(REACTIONS)
         return f"{'feel ' if kind < 0.5 else 'so ' if kind < 0.6 else ''}{_adjective(rng)}"
     if kind < 0.08:
-        return "in love" if rng.random() < 2 * TARGET_SHARE else "in doubt"
+        return f"full of {_feeling(rng)}"
     return f"{'not ' if kind < 0.16 else 'very ' if kind < 0.2 else ''}{_adjective(rng)}"
 
 
