@@ -200,6 +200,7 @@ def watch_value_model(watch, value_model) -> None:
     backbone.register_forward_pre_hook(
         lambda *_: watch.enter("value_forward" if torch.is_grad_enabled() else "value_score")
     )
+    backbone.register_forward_hook(lambda *_: watch.enter("other"))
 
 
 def value_model_cost(value_model, optimizer) -> dict:

@@ -5,7 +5,7 @@ and of the value model after three generated batches. Ragged prompts and respons
 import pytest
 from test_parity_v020 import ARGUMENTS, SETTINGS, TOLERANCE, assert_same
 
-FIRST_STAGE, LAST_STAGE = 6, 9
+FIRST_STAGE, LAST_STAGE = 6, 10
 PPO = ARGUMENTS | {"algorithm": "ppo"}
 
 
