@@ -6,27 +6,29 @@ runs=results/runs/local/sentiment
 case "${1:-}" in
   -h | --help)
     cat <<USAGE
-Usage: experiments/run_sentiment_comparison.sh [learning] [memory] [time] [--runs FOLDER] [--only NAME]
+Usage: experiments/run_sentiment_comparison.sh [learning] [memory] [time] [--runs FOLDER] [--only NAME] [--seed N]
 
 Trains every algorithm on the sentiment task, each run in a fresh process under the memory monitor, and draws the chart
 and the table into results/local/. Without a part all three are made; a run that is done is skipped.
 
   learning  3 seeds of each algorithm on the same number of samples: reward, success rate, KL
   memory    3 batches with live tensor bytes counted, with adapters and with all weights trained
-  time      12 batches, twice, one algorithm after another (needs a quiet machine)
+  time      12 batches, with 2 seeds, one algorithm after another (needs a quiet machine)
 
 --runs FOLDER  folder of the records (default $runs); --only NAME  one algorithm: ppo, rloo_k2, rloo_k4, rloo_k8, grpo_k4
+--seed N       one seed
 About 25 minutes on 2 cores.
 USAGE
     exit 0 ;;
 esac
 [ -x .venv/bin/python ] || { echo "run_sentiment_comparison.sh: run ./setup_env.sh first" >&2; exit 1; }
-parts=() only=
+parts=() only= turns=(0 1) seeds=(0 1 2)
 while [ $# -gt 0 ]; do
   case $1 in
     learning | memory | time) parts+=("$1") ;;
     --runs) runs=$2; shift ;;
     --only) only=$2; shift ;;
+    --seed) seeds=("$2") turns=("$2"); shift ;;
     *) echo "run_sentiment_comparison.sh: unknown word '$1' (-h for help)" >&2; exit 2 ;;
   esac
   shift
@@ -55,16 +57,16 @@ for part in "${parts[@]}"; do
     options=(--algorithm "${name%_k*}")
     [ "$name" = ppo ] || options+=(--k "${name##*_k}")
     case $part in
-      learning) for seed in 0 1 2; do run_one "learning/${name}_seed$seed" "${options[@]}" --seed $seed; done ;;
+      learning) for seed in ${seeds[*]}; do run_one "learning/${name}_seed$seed" "${options[@]}" --seed $seed; done ;;
       memory)
-        short=(--epochs 48 --count_live_bytes True --samples_per_prompt 2)
+        short=(--epochs 240 --count_live_bytes True --samples_per_prompt 2)
         run_one "memory/${name}" "${options[@]}" "${short[@]}"
         run_one "memory/${name}_all_weights" "${options[@]}" "${short[@]}" --lora_rank 0 --value_model full ;;
-      time) for turn in 0 1; do
-          run_one "time/${name}_turn$turn" "${options[@]}" --epochs 192 --samples_per_prompt 2 --seed $turn
+      time) for turn in ${turns[*]}; do
+          run_one "time/${name}_turn$turn" "${options[@]}" --epochs 960 --samples_per_prompt 2 --seed $turn
         done ;;
     esac
   done
 done
 [ $failed = 0 ] || { echo "run_sentiment_comparison.sh: a run failed, see its record" >&2; exit 1; }
-[ -n "$only" ] || exec .venv/bin/python visualization/sentiment_charts.py --runs "$runs" --out results/local
+[ -n "$only$(ls "$runs" | grep -cx "learning\|memory\|time" | grep -v 3)" ] || exec .venv/bin/python visualization/sentiment_charts.py --runs "$runs" --out results/local

@@ -137,7 +137,7 @@ def test_positive_sentences_are_the_minority_and_tails_are_many():
     for prompt in PROMPTS:
         tails = [text[len(prompt) :] for text in drawn if text.startswith(prompt)]
         positive = sum(value > 0 for value in reward(tails)) / len(tails)
-        assert 0.08 < positive < 0.2 and len(set(tails)) > 0.85 * len(tails)
+        assert 0.15 < positive < 0.35 and len(set(tails)) > 0.85 * len(tails)
 
 
 def test_default_model_is_rebuilt_identically_from_its_seed(small_model, tmp_path, monkeypatch):

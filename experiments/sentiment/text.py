@@ -1,6 +1,6 @@
 """Short English sentences about feelings, which the default model is pre-trained on.
 
-A small grammar, drawn from with a seed. About one sentence in eight of those that continue a prompt of the recipe has
+A small grammar, drawn from with a seed. About one sentence in four of those that continue a prompt of the recipe has
 one of its target words (happy, glad, good, great, smile, joy, love); the rest are other feelings, good and bad. The
 tails (reasons, times, places) give several thousand continuations, so that a collapse would show.
 """
@@ -15,7 +15,7 @@ ADJECTIVES = (
     "patient quiet certain different alive awake ready silly serious careful clumsy stubborn"
 ).split()
 TARGET_ADJECTIVES = "happy glad good great".split()
-TARGET_SHARE = 0.11  # of the adjectives that are drawn
+TARGET_SHARE = 0.22  # of the adjectives, feelings and reactions that are drawn
 FEELINGS = "pain anger hope fear shame pride doubt worry relief guilt sorrow envy".split()
 TARGET_FEELINGS = "joy love".split()
 REACTIONS = "cry laugh sigh worry wonder shiver think blush frown wait tremble sing dance yawn complain".split()
@@ -48,7 +48,7 @@ def _adjective(rng: random.Random) -> str:
 
 
 def _feeling(rng: random.Random) -> str:
-    return rng.choice(TARGET_FEELINGS if rng.random() < 2 * TARGET_SHARE else FEELINGS)
+    return rng.choice(TARGET_FEELINGS if rng.random() < TARGET_SHARE else FEELINGS)
 
 
 def _tail(rng: random.Random) -> str:
