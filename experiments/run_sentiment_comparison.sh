@@ -34,7 +34,8 @@ while [ $# -gt 0 ]; do
   shift
 done
 [ ${#parts[@]} -gt 0 ] || parts=(learning memory time)
-scratch=$(mktemp -d)
+scratch=$runs/.scratch-$$
+mkdir -p "$scratch"
 trap 'rm -rf "$scratch"' EXIT
 failed=0
 
@@ -69,4 +70,5 @@ for part in "${parts[@]}"; do
   done
 done
 [ $failed = 0 ] || { echo "run_sentiment_comparison.sh: a run failed, see its record" >&2; exit 1; }
-[ -n "$only$(ls "$runs" | grep -cx "learning\|memory\|time" | grep -v 3)" ] || exec .venv/bin/python visualization/sentiment_charts.py --runs "$runs" --out results/local
+for part in learning memory time; do [ -d "$runs/$part" ] || exit 0; done
+exec .venv/bin/python visualization/sentiment_charts.py --runs "$runs" --out results/local

@@ -32,6 +32,8 @@ CHECKPOINT = "checkpoint.safetensors"
 
 def parse_config(argv: list[str]):
     """`(config, stage)`. The algorithm, or `tree`, decides which fork tree's `TrlParser` reads the rest."""
+    if argv.count("--config") > 1:  # the parser would read the first alone
+        raise ValueError("--config was given twice; put the settings into one file, or give them as options")
     chosen = {}
     for position, word in enumerate(argv):
         if word == "--config" and position + 1 < len(argv):
