@@ -60,11 +60,11 @@ for part in "${parts[@]}"; do
     case $part in
       learning) for seed in ${seeds[*]}; do run_one "learning/${name}_seed$seed" "${options[@]}" --seed $seed; done ;;
       memory)
-        short=(--epochs 240 --count_live_bytes True --samples_per_prompt 2)
+        short=(--epochs 120 --count_live_bytes True --samples_per_prompt 2)
         run_one "memory/${name}" "${options[@]}" "${short[@]}"
         run_one "memory/${name}_all_weights" "${options[@]}" "${short[@]}" --lora_rank 0 --value_model full ;;
       time) for turn in ${turns[*]}; do
-          run_one "time/${name}_turn$turn" "${options[@]}" --epochs 960 --samples_per_prompt 2 --seed $turn
+          run_one "time/${name}_turn$turn" "${options[@]}" --epochs 480 --samples_per_prompt 2 --seed $turn
         done ;;
     esac
   done
