@@ -207,8 +207,11 @@ def test_adapter_of_another_model_is_refused(small_model, tmp_path, monkeypatch)
         load_policy(config, str(retrained))
     (tmp_path / "a" / FINGERPRINT).unlink()  # an adapter from elsewhere: the layers have to fit
     deeper = base_model_folder(replace(quick, num_hidden_layers=3), log=lambda *a, **k: None)
-    with pytest.raises(ValueError, match="one of another model: 14 of 42 tensors differ"):
+    with pytest.raises(ValueError, match="it ends at layer 1, and this model has 3 layers"):
         load_policy(config, str(deeper))
+    wider = base_model_folder(replace(quick, hidden_size=48), log=lambda *a, **k: None)
+    with pytest.raises(ValueError, match="one of another model: 22 of 28 tensors differ"):
+        load_policy(config, str(wider))
 
 
 # ---------------------------------------------------------------- training

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -105,6 +106,13 @@ def check_adapter(model: torch.nn.Module, folder: Path, base_sha256: str) -> Non
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     expected = {name.replace(".default", ""): shape for name, shape in expected.items()}
+    # an adapter names its modules in full, so PEFT puts one of a shallower model on the first layers alone
+    layers = {int(number) for key in found for number in re.findall(r"\.layers\.(\d+)\.", key)}
+    if layers and max(layers) + 1 != model.config.num_hidden_layers:
+        raise ValueError(
+            f"the adapter in {folder} is one of another model: it ends at layer {max(layers)}, and this model has "
+            f"{model.config.num_hidden_layers} layers"
+        )
     if different := [name for name in sorted(expected | found) if expected.get(name) != found.get(name)]:
         first = different[0]
         raise ValueError(
