@@ -1,13 +1,14 @@
-"""Trains a few real RLOO steps in one fork tree and saves every quantity that has to stay the same.
+"""Trains a few real RLOO or PPO steps in one fork tree and saves every quantity that has to stay the same.
 
     python tests/rloo_probe.py OUT.safetensors '{"adam_epsilon": 1e-4}' --variant string-level@3 --rloo_k 3 ...
 
 One process, one tree: the parity tests start it once per tree and compare the files. Saved per step: prompts and
 sampled tokens, log-probabilities, advantages, the loss that was backpropagated, every gradient at every optimizer step
 and every parameter after it. The trainers keep most of these as locals of `train`, so they are read from the frame
-that calls `accelerator.backward`.
+that calls `accelerator.backward`. With `"algorithm": "ppo"` the trainer is the one of ppo_builder.py.
 """
 
+import functools
 import json
 import sys
 from collections import defaultdict
@@ -19,11 +20,13 @@ from safetensors.torch import save_file
 sys.path[:0] = [
     str(Path(__file__).resolve().parent.parent / "experiments"),
     str(Path(__file__).resolve().parent.parent),
+    str(Path(__file__).resolve().parent),
 ]
 
 import train as experiment  # noqa: E402
 
 FRAME_TENSORS = ("query_responses", "logprobs", "ref_logprobs", "advantages", "padding_mask")
+FRAME_TENSORS += ("values", "returns", "rewards", "scores")  # PPO's
 
 
 def probe(out: str, extra: dict, argv: list[str]) -> None:
@@ -37,6 +40,11 @@ def probe(out: str, extra: dict, argv: list[str]) -> None:
     if extra.pop("token_ids", False):
         as_dataset = trainers.as_dataset
         trainers.as_dataset = lambda prompts, tokenizer, as_text: as_dataset(prompts, tokenizer, as_text=False)
+    if extra.pop("algorithm", "rloo") == "ppo":
+        import ppo_builder
+
+        reward_as_module = extra.pop("reward_as_module", stage.name == "0")
+        trainers.build_v020 = functools.partial(ppo_builder.build, reward_as_module=reward_as_module)
     plain_arguments = trainers.training_arguments
     trainers.training_arguments = lambda c: plain_arguments(c) | extra
     if config.dtype == "float64":
@@ -73,19 +81,19 @@ def probe(out: str, extra: dict, argv: list[str]) -> None:
         number = counts["optimizer"]
         losses[number] += loss.detach().double()
         for name in FRAME_TENSORS:
-            if name in frame.f_locals:
+            if isinstance(frame.f_locals.get(name), torch.Tensor):
                 saved[f"step{number}.{name}"] = frame.f_locals[name]
         return backward(loss, *args, **kwargs)
 
     def before_step(*_):
-        for name, parameter in policy.named_parameters():
+        for name, parameter in trainer.model.named_parameters():
             if parameter.grad is not None:
                 saved[f"step{counts['optimizer']}.grad.{name}"] = parameter.grad.clone()
 
     def after_step(*_):
         number = counts["optimizer"]
         saved[f"step{number}.loss"] = torch.as_tensor(losses[number])  # 0 without `accelerator.backward`
-        for name, parameter in policy.named_parameters():
+        for name, parameter in trainer.model.named_parameters():
             if parameter.requires_grad:
                 saved[f"step{number}.param.{name}"] = parameter.detach().clone()
         counts["optimizer"] += 1
