@@ -67,7 +67,7 @@ class DryRun(TorchDispatchMode):
             shape = (*args[0].shape[:-1], args[1])
             return torch.full(shape, self.sampled_token_id, dtype=torch.int64, device="cpu")
         if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
-            args = (args[0], [self._positions(index) for index in args[1]], *args[2:])
+            args = (args[0], [part for index in args[1] for part in _positions(index)], *args[2:])
         elif func in (aten.nonzero.default, aten.masked_select.default):
             return self._select(func, args)
         elif func is aten.equal.default:
@@ -95,18 +95,6 @@ class DryRun(TorchDispatchMode):
             return func(*args, **kwargs)
         return out
 
-    def _positions(self, index):
-        """A boolean index as positions, which have a known number: the mask's own if it is real, else all."""
-        if index is None or index.dtype not in (torch.bool, torch.uint8):
-            return index
-        if isinstance(index, FakeTensor):
-            if index.ndim != 1:
-                raise KernelWithoutFake(f"an index by a mask of shape {tuple(index.shape)} without data is not known")
-            return torch.arange(index.shape[0])
-        if index.ndim == 1:
-            return index.nonzero().flatten()
-        return index
-
     def _select(self, func, args):
         if func is aten.nonzero.default:
             return torch.ones(args[0].shape, dtype=torch.bool).nonzero()
@@ -114,6 +102,14 @@ class DryRun(TorchDispatchMode):
         count = mask.numel() if isinstance(mask, FakeTensor) else int(mask.broadcast_to(args[0].shape).sum())
         with self.fake_mode:
             return args[0].new_empty(count)
+
+
+def _positions(index) -> list:
+    """A boolean index as the positions that it selects: those of the mask if it is real, else all."""
+    if index is None or index.dtype not in (torch.bool, torch.uint8):
+        return [index]
+    mask = torch.ones(index.shape, dtype=torch.bool) if isinstance(index, FakeTensor) else index
+    return list(mask.nonzero(as_tuple=True))
 
 
 def _mutated(func, args, kwargs, out):
