@@ -14,6 +14,7 @@ from collections.abc import Iterable
 
 import torch
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from lowmem.live_bytes import LiveBytes
 
@@ -30,6 +31,7 @@ class MemoryTrace(LiveBytes):
     Attributes:
         peak_categories: category -> bytes at `peak_bytes`.
         categories_by_phase: phase -> category -> bytes at that phase's peak.
+        train_flops: floating point operations of matrix products and attention in the training phases.
         timeline: `(phase, {category: bytes})` whenever a phase changes or live bytes have moved by `resolution_bytes`.
     """
 
@@ -42,6 +44,7 @@ class MemoryTrace(LiveBytes):
         self._labels: dict[int, str] = {}  # as LiveBytes._sizes
         self._label = "activations"
         self._shown_bytes = 0
+        self.train_flops = 0
         super().__init__(phase)
 
     def track_as(self, category: str, tensors: Iterable[torch.Tensor]) -> None:
@@ -69,6 +72,9 @@ class MemoryTrace(LiveBytes):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket) if self._phase.startswith("train") else None
+        if formula is not None:
+            self.train_flops += formula(*args, **(kwargs or {}), out_val=out)
         for leaf in [out] if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._label = self._classify(func, leaf)

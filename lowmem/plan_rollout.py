@@ -145,17 +145,24 @@ def branch_forward(plan: PlanConfig):
     return score
 
 
-def prompt_groups(plan: PlanConfig, ids: torch.Tensor, completions: torch.Tensor) -> list[PromptGroup]:
+def prompt_groups(plan: PlanConfig, ids: torch.Tensor, completions: torch.Tensor, whole: bool) -> list[PromptGroup]:
     k = plan.rloo_k
-    return [PromptGroup(ids[i], list(completions[i : i + k])) for i in range(0, len(ids), k)]
+    starts = distinct(list(range(0, len(ids), k)), whole)
+    held = k if whole or k <= 4 * plan.micro_batch_rows else 2 * plan.micro_batch_rows
+    return [PromptGroup(ids[i], list(completions[i : i + held])) for i in starts]
+
+
+def distinct(parts: list, whole: bool) -> list:
+    """The parts of a step that differ in memory: the first, and the second, which finds gradients. All if `whole`."""
+    return parts if whole else parts[:2]
 
 
 @torch.no_grad()
-def score(model, plan: PlanConfig, ids, mask, completions, trace) -> torch.Tensor:
+def score(model, plan: PlanConfig, ids, mask, completions, trace, *, whole: bool) -> torch.Tensor:
     """Log-probabilities (rows, R) without gradients, as many rows at once as a training forward holds."""
     trace.phase = "score"
     if plan.shared_prefix:
-        groups = prompt_groups(plan, ids, completions)
+        groups = prompt_groups(plan, ids, completions, whole)
         logps = shared_prefix_scores(
             model, groups, max_branches=plan.micro_batch_rows, max_branch_tokens=2**62, branch_forward=branch_forward(plan),
             self_check=False,
@@ -163,7 +170,9 @@ def score(model, plan: PlanConfig, ids, mask, completions, trace) -> torch.Tenso
     else:
         full, full_mask = torch.cat([ids, completions], 1), torch.cat([mask, torch.ones_like(completions)], 1)
         rows = plan.rows_per_forward if plan.lm_head == "chunked" else plan.micro_batch_rows
-        parts = zip(full.split(rows), full_mask.split(rows))
+        parts = list(zip(full.split(rows), full_mask.split(rows)))[: None if whole else 1]
         logps = torch.cat([response_logps(model, plan, *part, completions.shape[1]) for part in parts])
+    if len(logps) < len(completions):
+        logps = logps.new_zeros(completions.shape)
     trace.phase = "other"
     return logps

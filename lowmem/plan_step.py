@@ -18,7 +18,7 @@ from lowmem.plan_config import ROLLOUT_METHODS, PlanConfig
 from lowmem.plan_cuda import like_cuda
 from lowmem.plan_memory import MemoryTrace
 from lowmem.plan_models import build_model, is_encoder_decoder, load_config
-from lowmem.plan_rollout import branch_forward, generate, make_prompts, prompt_groups, response_logps, score
+from lowmem.plan_rollout import branch_forward, distinct, generate, make_prompts, prompt_groups, response_logps, score
 from lowmem.shared_prefix import shared_prefix_backward
 
 STEPS = 2
@@ -34,6 +34,8 @@ class StepMemory:
         by_phase: phase -> category -> bytes at that phase's own peak.
         timeline: `(phase, category -> bytes)` over both steps.
         parameters, trainable: how many.
+        train_flops: of the matrix products and attention of one step's training, without its rollout; None where it was
+            not run whole and rows differ (a shared prefix with many micro-batches).
         num_ops: operators run without data, None in a real run.
         wall_s: seconds that this took.
     """
@@ -44,6 +46,7 @@ class StepMemory:
     timeline: list = field(repr=False)
     parameters: int = 0
     trainable: int = 0
+    train_flops: int | None = None
     num_ops: int | None = None
     wall_s: float = 0.0
 
@@ -131,12 +134,18 @@ def _run(plan: PlanConfig, config: PretrainedConfig, whole: bool) -> StepMemory:
         trace.track_as("weights", module.parameters())
         trace.track_as("weights", module.buffers())
     trace.hook_gradients(trained)
+    rows_run = None
     with trace:
-        for _ in range(STEPS):
-            if plan.method in ROLLOUT_METHODS:
-                _reinforce_step(plan, model, reference, value, trace, vocab_size, whole)
+        for step in range(STEPS):
+            trace.train_flops = 0
+            if step == 0 and not whole:  # all that the first step leaves is the optimizer's state
+                for parameter in parameters:
+                    parameter.grad = torch.zeros_like(parameter)
+                trace.relabel("gradients", [parameter.grad for parameter in parameters])
+            elif plan.method in ROLLOUT_METHODS:
+                rows_run = _reinforce_step(plan, model, reference, value, trace, vocab_size, whole)
             else:
-                _supervised_step(plan, model, trace, vocab_size, is_encoder_decoder(config))
+                rows_run = _supervised_step(plan, model, trace, vocab_size, is_encoder_decoder(config), whole)
             trace.phase = "optimizer"
             if optimizer is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -154,6 +163,7 @@ def _run(plan: PlanConfig, config: PretrainedConfig, whole: bool) -> StepMemory:
         trace.timeline,
         sum(p.numel() for p in trained.parameters()),
         sum(p.numel() for p in parameters),
+        trace.train_flops * plan.rows_per_step // rows_run if rows_run else None,
     )
 
 
@@ -196,13 +206,13 @@ def _policy_loss(logps, old, advantages):
     return -torch.min(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
 
 
-def _reinforce_step(plan, model, reference, value, trace, vocab_size, whole) -> None:
+def _reinforce_step(plan, model, reference, value, trace, vocab_size, whole) -> int | None:
     ids, mask = make_prompts(plan, vocab_size)
     completions = generate(model, plan, ids, mask, trace, whole=whole)
-    old = score(model, plan, ids, mask, completions, trace)
+    old = score(model, plan, ids, mask, completions, trace, whole=whole)
     if plan.needs_reference:
         with model.disable_adapter() if plan.lora_rank else contextlib.nullcontext():
-            reference_logps = score(reference or model, plan, ids, mask, completions, trace)
+            reference_logps = score(reference or model, plan, ids, mask, completions, trace, whole=whole)
     else:
         reference_logps = old
     num_rows, num_response = completions.shape
@@ -212,7 +222,9 @@ def _reinforce_step(plan, model, reference, value, trace, vocab_size, whole) -> 
         with torch.no_grad():
             trace.phase = "score"
             parts = zip(full.split(plan.micro_batch_rows), full_mask.split(plan.micro_batch_rows))
+            parts = list(parts)[: None if whole else 1]
             values = torch.cat([value(*part)[:, -num_response - 1 : -1] for part in parts])
+            values = values if len(values) == num_rows else values.new_zeros(completions.shape)
             advantages = rewards[:, None] - values
             returns = advantages + values
     else:
@@ -223,10 +235,15 @@ def _reinforce_step(plan, model, reference, value, trace, vocab_size, whole) -> 
         advantages = advantages[:, None].expand(-1, num_response)
 
     if plan.shared_prefix:
-        _shared_prefix_backward(plan, model, ids, completions, old, advantages, trace)
-        return
-    for rows in torch.arange(num_rows).split(plan.micro_batch_rows):
-        for part in rows.split(plan.rows_per_forward if plan.lm_head == "chunked" else len(rows)):
+        groups = prompt_groups(plan, ids, completions, whole)
+        _shared_prefix_backward(plan, model, groups, old, advantages, num_rows, trace)
+        held = sum(len(group.completions) for group in groups)
+        return held if held == len(groups) * plan.rloo_k else None
+    rows_run = 0
+    for rows in distinct(torch.arange(num_rows).split(plan.micro_batch_rows), whole):
+        parts = rows.split(plan.rows_per_forward if plan.lm_head == "chunked" else len(rows))
+        for part in distinct(parts, whole):
+            rows_run += len(part)
             trace.phase = "train_forward"
             logps = response_logps(model, plan, full[part], full_mask[part], num_response)
             loss = _policy_loss(logps, old[part], advantages[part])
@@ -240,13 +257,14 @@ def _reinforce_step(plan, model, reference, value, trace, vocab_size, whole) -> 
                 del predicted
             _backward(loss, trace)
             del logps, loss
+    return rows_run
 
 
-def _shared_prefix_backward(plan, model, ids, completions, old, advantages, trace) -> None:
+def _shared_prefix_backward(plan, model, groups, old, advantages, num_rows, trace) -> None:
     trace.phase = "train_forward"
 
     def loss_fn(scores):
-        loss = _policy_loss(scores.logps, old[scores.rows], advantages[scores.rows]).sum() / len(completions)
+        loss = _policy_loss(scores.logps, old[scores.rows], advantages[scores.rows]).sum() / num_rows
         trace.phase = "train_backward"
         return loss
 
@@ -260,7 +278,7 @@ def _shared_prefix_backward(plan, model, ids, completions, old, advantages, trac
 
     shared_prefix_backward(
         model,
-        prompt_groups(plan, ids, completions),
+        groups,
         loss_fn,
         max_branches=plan.micro_batch_rows,
         max_branch_tokens=2**62,
@@ -272,10 +290,11 @@ def _shared_prefix_backward(plan, model, ids, completions, old, advantages, trac
     trace.phase = "other"
 
 
-def _supervised_step(plan, model, trace, vocab_size, encoder_decoder) -> None:
+def _supervised_step(plan, model, trace, vocab_size, encoder_decoder, whole) -> int:
     ids, mask = make_prompts(plan, vocab_size)
     targets = torch.randint(2, max(vocab_size - 1, 3), (len(ids), plan.response_tokens))
-    for rows in torch.arange(len(ids)).split(plan.micro_batch_rows):
+    rows_run = 0
+    for rows in distinct(torch.arange(len(ids)).split(plan.micro_batch_rows), whole):
         trace.phase = "train_forward"
         if encoder_decoder:
             loss = model(input_ids=ids[rows], attention_mask=mask[rows], labels=targets[rows]).loss
@@ -284,7 +303,9 @@ def _supervised_step(plan, model, trace, vocab_size, encoder_decoder) -> None:
             full_mask = torch.cat([mask, torch.ones_like(targets)], 1)[rows]
             loss = _token_loss(plan, model, full, full_mask)
         _backward(loss * (len(rows) / len(ids)), trace)
+        rows_run += len(rows)
         del loss
+    return rows_run
 
 
 def _token_loss(plan, model, full, full_mask):
