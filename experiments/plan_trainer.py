@@ -31,6 +31,7 @@ def plan_trainer(config: ExperimentConfig, stage) -> dict:
         KernelWithoutFake: if the trainer reaches a kernel whose memory is not known.
         ValueError: as in experiments/train.py.
     """
+    import torch
     from transformers import AutoModelForCausalLM
 
     import trainers
@@ -43,6 +44,8 @@ def plan_trainer(config: ExperimentConfig, stage) -> dict:
     # The run must be as long as the longest: a token that ends no sequence and that the tokenizer gives back
     word = next(i for i in tokenizer("a")["input_ids"] if i not in tokenizer.all_special_ids)
 
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape).parameters())
     record = {"summary": dict.fromkeys(SUMMARY_KEYS)}
     with tempfile.TemporaryDirectory() as folder, weights_from_shape():
         shape.architectures = [AutoModelForCausalLM._model_mapping[type(shape)].__name__]
@@ -57,16 +60,16 @@ def plan_trainer(config: ExperimentConfig, stage) -> dict:
     kept = ("live_peak_bytes", "live_peak_phase", "live_peak_bytes_by_phase")
     return {name: summary[name] for name in kept} | {
         "num_ops": dry.num_ops,
+        "parameters": parameters,
         "wall_s": time.perf_counter() - start,
-        "tokens": {
-            key: record["tokens"][key] for key in ("prompt_tokens_per_row", "completion_tokens_per_row")
-        },
+        "tokens": {key: record["tokens"][key] for key in ("prompt_tokens_per_row", "completion_tokens_per_row")},
     }
 
 
 @contextlib.contextmanager
 def weights_from_shape():
     """`from_pretrained` makes the model of the folder's config; there is no weight to read."""
+    import torch
     from transformers import AutoConfig, PreTrainedModel
 
     original = PreTrainedModel.from_pretrained
@@ -75,8 +78,6 @@ def weights_from_shape():
         config = config or AutoConfig.from_pretrained(path)
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         return cls._from_config(config, dtype=dtype or torch.float32).eval()
-
-    import torch
 
     PreTrainedModel.from_pretrained = classmethod(from_config)
     try:
