@@ -4,24 +4,28 @@
 
 Settings are those of experiments/train.py. Nothing is replaced but the weights: TRL's own loop, generation, rewards and
 optimizer run on `lowmem.dry_run`, and `lowmem.live_bytes` counts as it does in a measured run. Prints one JSON object:
-`live_peak_bytes`, `live_peak_phase`, `live_peak_bytes_by_phase`, `num_ops`, `wall_s`.
+`live_peak_bytes`, `live_peak_phase`, `live_peak_bytes_by_phase`, and with `--device` a verdict.
 """
 
+import argparse
 import contextlib
 import json
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+from train import parse_config, train  # noqa: E402
+
 import variants  # noqa: E402
 from config import ExperimentConfig  # noqa: E402
+from lowmem.devices import device_bytes  # noqa: E402
+from lowmem.plan_verdict import CPU, judge  # noqa: E402
 from run_outcome import SUMMARY_KEYS  # noqa: E402
-from train import parse_config, train  # noqa: E402
 
 
 def plan_trainer(config: ExperimentConfig, stage) -> dict:
@@ -87,9 +91,15 @@ def weights_from_shape():
 
 
 def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", help="name or size: adds a verdict (kernels of the CPU all the same)")
+    args, settings = parser.parse_known_args(argv)
     try:
-        config, stage = parse_config(argv)
+        device = device_bytes(args.device) if args.device else None
+        config, stage = parse_config(settings)
         figures = plan_trainer(config, stage)
+        if device:
+            figures["verdict"] = asdict(judge(figures["live_peak_bytes"], device, CPU))
     except (ValueError, RuntimeError, NotImplementedError, OSError, variants.load_fork().ForkError) as error:
         print(f"plan_trainer.py: {error}", file=sys.stderr)
         return 2

@@ -26,8 +26,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(HERE), str(ROOT)]
 
-from memory_samples import write_atomically  # noqa: E402
 from run_matrix import MALLOC  # noqa: E402
+
+from memory_samples import write_atomically  # noqa: E402
 
 RESULTS = ROOT / "results" / "planner"
 RECORDED = ROOT / "results" / "runs" / "cpu-2core"
@@ -48,7 +49,12 @@ def step_cases() -> dict[str, dict]:
             cases[f"rloo-{head}-k{k}"] = {"rloo_k": k, "lm_head": head}
     for k in (4, 8):
         for head in ("completion", "chunked"):
-            cases[f"shared-{head}-k{k}"] = {"rloo_k": k, "lm_head": head, "shared_prefix": True, "rows_per_micro_batch": 2}
+            cases[f"shared-{head}-k{k}"] = {
+                "rloo_k": k,
+                "lm_head": head,
+                "shared_prefix": True,
+                "rows_per_micro_batch": 2,
+            }
     cases |= {
         "rloo-bf16": {"dtype": "bfloat16", "lm_head": "completion"},
         "rloo-mb1": {"rows_per_micro_batch": 1, "lm_head": "completion"},
@@ -112,7 +118,11 @@ def trainer_cases() -> dict[str, list[str]]:
         cases[f"{variant}-lora"] = [f"--variant={variant}", "--lora_rank=4"]
     for variant in ("baseline", "upstream", "shared-prefix"):
         cases[f"{variant}-bf16"] = [f"--variant={variant}", "--dtype=bfloat16", "--prompts_per_step=2"]
-        cases[f"{variant}-ckpt"] = [f"--variant={variant}", "--gradient_checkpointing=true", "--rows_per_micro_batch=2"]
+        cases[f"{variant}-ckpt"] = [
+            f"--variant={variant}",
+            "--gradient_checkpointing=true",
+            "--rows_per_micro_batch=2",
+        ]
     return {name: [*tiny, *options] for name, options in cases.items()}
 
 
@@ -133,11 +143,11 @@ def measure_step(settings: dict, budget_bytes: int | None) -> dict:
     """Executes the step, allowed to allocate `budget_bytes` more than the process has."""
     import resource
 
-    from lowmem.plan_config import PlanConfig
-    from lowmem.plan_step import execute, model_config
+    import torch
     from train import lift_budget, status_kib
 
-    import torch
+    from lowmem.plan_config import PlanConfig
+    from lowmem.plan_step import execute, model_config
 
     torch.manual_seed(0)
     plan = PlanConfig(**settings)
@@ -217,7 +227,13 @@ def run_trainer(options: list[str], budget_bytes: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.json"
         budget_gib = (budget_bytes + PROCESS_BYTES) / 2**30
-        command = [sys.executable, "experiments/train.py", *options, f"--record={path}", f"--budget_gib={budget_gib:.4f}"]
+        command = [
+            sys.executable,
+            "experiments/train.py",
+            *options,
+            f"--record={path}",
+            f"--budget_gib={budget_gib:.4f}",
+        ]
         env = os.environ | MALLOC | {"OMP_NUM_THREADS": "1"}
         result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=480)
         if not path.exists():
@@ -250,7 +266,9 @@ def run_case(name: str, kind: str, settings) -> dict:
         row |= run_trainer(settings, row["budget_bytes"])
     else:
         summary = settings["summary"]
-        options = [f"--{key}={value}" for key, value in settings["config"].items() if value is not None and key != "record"]
+        options = [
+            f"--{key}={value}" for key, value in settings["config"].items() if value is not None and key != "record"
+        ]
         row |= in_fresh_process("predict_trainer", options)
         row |= {"status": "ok", "measured_bytes": summary["live_peak_bytes"], "measured_phase": summary["live_peak_phase"],
                 "measured_s": settings["wall_s"]}  # fmt: skip
@@ -259,7 +277,13 @@ def run_case(name: str, kind: str, settings) -> dict:
     return row
 
 
-def write(rows: list[dict]) -> None:
+def write(row: dict | None = None) -> list[dict]:
+    """Adds a row to what is on disk, where another process may have added its own; returns all rows."""
+    file = RESULTS / "validation.json"
+    known = {(old["kind"], old["name"]): old for old in (json.loads(file.read_text()) if file.exists() else [])}
+    if row is not None:
+        known[row["kind"], row["name"]] = row
+    rows = [known[key] for key in sorted(known)]
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_atomically(RESULTS / "validation.json", json.dumps(rows, indent=1) + "\n")
     text = io.StringIO()
@@ -267,6 +291,7 @@ def write(rows: list[dict]) -> None:
     table.writeheader()
     table.writerows(rows)
     write_atomically(RESULTS / "validation.csv", text.getvalue())
+    return rows
 
 
 def summary_line(rows: list[dict]) -> str:
@@ -306,9 +331,9 @@ def main(argv: list[str] | None = None) -> int:
             row = rows[kind, name]
             error = "-" if row["error"] is None else f"{row['error']:+.3%}"
             print(f"{kind} {name}: {error} of {row['measured_bytes']} bytes, {row['status']}", flush=True)
-            write(list(rows.values()))
-    if rows:
-        print(summary_line(list(rows.values())))
+            write(row)
+    if all_rows := write():
+        print(summary_line(all_rows))
     return 1 if failed else 0
 
 

@@ -1,6 +1,6 @@
 """Says why a run failed, from its log, its record or while it runs, and what to do about it.
 
-    python -m lowmem.doctor log train.log --config settings.yaml --device "RTX 3090"
+    python -m lowmem.doctor log train.log --config settings.yaml
     python -m lowmem.doctor record results/runs/cpu-2core/cpu/baseline_k8.json
     python -m lowmem.doctor run -- python train.py
     python -m lowmem.doctor workflow --config experiments/configs/cpu.yaml --device 1GiB --write settings.yaml \\
@@ -16,7 +16,7 @@ import json
 import sys
 from pathlib import Path
 
-from lowmem.failures import Finding, leak, read_log, timeline_peaks
+from lowmem.failures import Finding, leak, of_tensors, read_log, timeline_peaks
 from lowmem.remedies import remedies
 from lowmem.watched_run import summary, watch, window_peaks
 
@@ -53,8 +53,8 @@ def findings_of_record(path: Path) -> list[Finding]:
     return found
 
 
-def planned_fixes(config: str, device: str | None, cpu: bool) -> tuple[list, dict]:
-    """Fixes of the run that `config` describes, simulated, and the settings of the file that the planner does not
+def planned_fixes(config: str | dict, cpu: bool) -> tuple[list, dict]:
+    """Fixes of the run that `config` (a YAML file, or the settings of a record) describes, simulated, and the settings of the file that the planner does not
     know (batch sizes and workers of the Hugging Face Trainer)."""
     import yaml
 
@@ -62,12 +62,17 @@ def planned_fixes(config: str, device: str | None, cpu: bool) -> tuple[list, dic
     from lowmem.plan_search import ranked_fixes
     from lowmem.plan_step import simulate
 
-    try:
-        settings = yaml.safe_load(Path(config).read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"{config} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if isinstance(config, str):
+        try:
+            settings = yaml.safe_load(Path(config).read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise ValueError(f"{config} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    else:
+        settings = config
     trainer = {key: settings[key] for key in BATCH_KEYS if key in settings}
-    plan = PlanConfig(**from_training_file({key: v for key, v in settings.items() if key not in BATCH_KEYS}))
+    plan = PlanConfig(
+        **from_training_file({key: v for key, v in settings.items() if key not in BATCH_KEYS}, nearest=True)
+    )
 
     def run(other):
         return simulate(other, cuda=not cpu)
@@ -81,8 +86,13 @@ def report(found: list[Finding], settings: dict, fixes: list) -> list[str]:
         where = f"line {finding.line_number}: " if finding.line_number else ""
         lines += [f"{finding.kind}", f"  evidence: {where}{finding.line}"]
         if finding.figures:
-            sizes = ", ".join(f"{name.removesuffix('_bytes').replace('_', ' ')} {n / 2**30:.2f} GiB" for name, n in finding.figures.items())
+            sizes = ", ".join(
+                f"{name.removesuffix('_bytes').replace('_', ' ')} {n / 2**30:.2f} GiB"
+                for name, n in finding.figures.items()
+            )
             lines.append(f"  figures: {sizes}")
+        if fixes and of_tensors(finding):
+            lines.append("  savings are simulated on the planner's own step of the method (docs/planner.md)")
         for number, remedy in enumerate(remedies(finding, settings, fixes), 1):
             changes = ", ".join(f"{key}: {value}" for key, value in remedy.settings.items())
             lines.append(f"  {number}. {remedy.action}: {remedy.reason}" + (f" [{changes}]" if changes else ""))
@@ -96,7 +106,6 @@ def parser() -> argparse.ArgumentParser:
     what = top.add_subparsers(dest="what", required=True)
     plan = argparse.ArgumentParser(add_help=False)
     plan.add_argument("--config", help="YAML of the run: its remedies are then simulated")
-    plan.add_argument("--device", help="name or size of the device")
     plan.add_argument("--cpu", action="store_true", help="plan with the kernels of the CPU")
     for key in BATCH_KEYS:
         plan.add_argument(f"--{key}", type=int, help="as the run had it")
@@ -155,8 +164,13 @@ def run(args: argparse.Namespace, command: list[str]) -> int:
             found = [Finding(kind, last[0][:400])]
         print("\n".join(summary(watched, args.reference_s)))
     fixes = []
-    if args.config and any(finding.kind == "device out of memory" for finding in found):
-        fixes, of_file = planned_fixes(args.config, args.device, args.cpu)
+    source = args.config
+    if args.what == "record" and source is None:
+        record = json.loads(Path(args.file).read_text())
+        source = {key: value for key, value in (record.get("config") or {}).items() if value is not None}
+        args.cpu = args.cpu or (record.get("env") or {}).get("device") == "cpu"
+    if source and any(of_tensors(finding) for finding in found):
+        fixes, of_file = planned_fixes(source, args.cpu)
         settings = of_file | settings
     print("\n".join(report(found, settings, fixes)) if found else "nothing wrong was found")
     return 1 if found else 0

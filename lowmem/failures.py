@@ -16,7 +16,9 @@ PATTERNS = {
         r"CUBLAS_STATUS_ALLOC_FAILED",
         r"HIP out of memory",
     ],
-    "data loader worker killed": [r"DataLoader worker \(pid\(?s?\)?[ ,0-9]*\).*(killed by signal|exited unexpectedly)"],
+    "data loader worker killed": [
+        r"DataLoader worker \(pid\(?s?\)?[ ,0-9]*\).*(killed by signal|exited unexpectedly)"
+    ],
     "host out of memory": [
         r"oom-kill:|Out of memory: Killed process|oom_reaper",
         r"DefaultCPUAllocator: can't allocate memory",
@@ -98,6 +100,13 @@ def read_log(text: str) -> list[Finding]:
         if kind == "device out of memory" and (fragmented := fragmentation(finding)):
             findings.append(fragmented)
     return findings
+
+
+def of_tensors(finding: Finding) -> bool:
+    """Whether tensors of the training took the memory, on the device or, in a run on the CPU, on the host."""
+    return finding.kind == "device out of memory" or (
+        finding.kind == "host out of memory" and "DefaultCPUAllocator" in finding.line
+    )
 
 
 def fragmentation(oom: Finding) -> Finding | None:

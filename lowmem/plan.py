@@ -49,9 +49,16 @@ def parser() -> argparse.ArgumentParser:
     group = top.add_argument_group("settings")
     hints = get_type_hints(PlanConfig)
     for field in fields(PlanConfig):
-        kind = next((k for k in (bool, int, float, str) if k in (hints[field.name], *getattr(hints[field.name], "__args__", ()))))
+        kind = next(
+            k for k in (bool, int, float, str) if k in (hints[field.name], *getattr(hints[field.name], "__args__", ()))
+        )
         parse = _boolean if kind is bool else kind
-        options = {"type": parse, "default": argparse.SUPPRESS, "help": field.metadata["help"], "metavar": kind.__name__}
+        options = {
+            "type": parse,
+            "default": argparse.SUPPRESS,
+            "help": field.metadata["help"],
+            "metavar": kind.__name__,
+        }
         if kind is bool:
             options |= {"nargs": "?", "const": True}
         group.add_argument(f"--{field.name}", **options)
@@ -232,9 +239,15 @@ def run(args: argparse.Namespace) -> int:
     elif args.recommend:
         best = recommend(plan, device, unseen, simulated, cuda=not args.cpu)
         if best is None:
-            print(f"nothing among the strategies known here fits on {args.device}; a larger device or smaller model is needed")
+            print(
+                f"nothing among the strategies known here fits on {args.device}; a larger device or smaller model is needed"
+            )
             return 1
-        changes = {f.name: getattr(best.plan, f.name) for f in fields(PlanConfig) if getattr(best.plan, f.name) != getattr(plan, f.name)}
+        changes = {
+            f.name: getattr(best.plan, f.name)
+            for f in fields(PlanConfig)
+            if getattr(best.plan, f.name) != getattr(plan, f.name)
+        }
         plan, step = best.plan, best.step
         said = ", ".join(f"{key}={value}" for key, value in changes.items()) or "as given"
         head.append(f"recommended of {best.tried} candidates: {said} (confirmed by a full simulation)")
@@ -262,7 +275,10 @@ def run(args: argparse.Namespace) -> int:
         "train_flops": step.train_flops,
         "verdict": asdict(verdict) if verdict else None,
         "host": asdict(host) | {"peak_bytes": host.peak_bytes},
-        "fixes": [{"name": f.name, "changes": f.changes, "saved_bytes": f.saved_bytes, "time_ratio": f.time_ratio} for f in fixes],
+        "fixes": [
+            {"name": f.name, "changes": f.changes, "saved_bytes": f.saved_bytes, "time_ratio": f.time_ratio}
+            for f in fixes
+        ],
         "wall_s": step.wall_s,
     }
     lines = head + [

@@ -21,7 +21,9 @@ def draw_step(step: StepMemory, title: str, path: str | Path, device_bytes: int 
     from matplotlib.figure import Figure
 
     line = step.timeline
-    start = max((i for i in range(1, len(line)) if line[i][0] != "optimizer" and line[i - 1][0] == "optimizer"), default=0)
+    start = max(
+        (i for i in range(1, len(line)) if line[i][0] != "optimizer" and line[i - 1][0] == "optimizer"), default=0
+    )
     first = next((i for i in range(len(line)) if i and line[i - 1][0] == "optimizer" and line[i][0] != "optimizer"), 0)
     line = line[first:start] if start > first + 1 else line[first:]  # the second step: the state exists
     figure = Figure(figsize=(10, 4.6), layout="constrained")
@@ -49,6 +51,8 @@ def draw_step(step: StepMemory, title: str, path: str | Path, device_bytes: int 
     axes.set_xlabel("operators of one step, in order (points where memory moved by 1 MiB)")
     axes.set_xticks([])
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(f"{title}: {step.peak_bytes / 2**30:.2f} GiB in {step.peak_phase}, simulated", loc="left", fontsize=12)
+    axes.set_title(
+        f"{title}: {step.peak_bytes / 2**30:.2f} GiB in {step.peak_phase}, simulated", loc="left", fontsize=12
+    )
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, reverse=True)
     figure.savefig(path, dpi=120, format="png", metadata={"Software": None})

@@ -1,12 +1,12 @@
 """What the live bytes of a step are: the meter of `lowmem.live_bytes` with a category for every storage.
 
-    trace = MemoryTrace(vocab_size)
-    trace.track_as("weights", model.parameters())
-    with trace:
-        trace.phase = "train_forward"
-        ...
-    trace.peak_bytes, trace.peak_categories            # sums to the peak, to the byte
-    trace.categories_by_phase["optimizer"]             # at that phase's own peak
+trace = MemoryTrace(vocab_size)
+trace.track_as("weights", model.parameters())
+with trace:
+    trace.phase = "train_forward"
+    ...
+trace.peak_bytes, trace.peak_categories            # sums to the peak, to the byte
+trace.categories_by_phase["optimizer"]             # at that phase's own peak
 """
 
 from collections import Counter

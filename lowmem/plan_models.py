@@ -17,7 +17,9 @@ def known_name(model: str) -> str | None:
     """`Qwen/Qwen3-8B` for `qwen3-8b`, `Qwen3-8B` and itself; TinyLlama also by its family name."""
     for name in KNOWN_SHAPES:
         short = name.partition("/")[2].lower()
-        if model.lower() in (name.lower(), short) or (model.lower() in ("tinyllama", "tinyllama-1.1b") and "tiny" in short):
+        if model.lower() in (name.lower(), short) or (
+            model.lower() in ("tinyllama", "tinyllama-1.1b") and "tiny" in short
+        ):
             return name
     return None
 
@@ -34,7 +36,9 @@ def load_config(model: str, **changes) -> PretrainedConfig:
         try:
             values = json.loads(file.read_text())
         except (OSError, ValueError) as error:
-            raise ValueError(f"no config can be read from {file}: {error}; expected a transformers config.json") from None
+            raise ValueError(
+                f"no config can be read from {file}: {error}; expected a transformers config.json"
+            ) from None
         if not isinstance(values, dict) or "model_type" not in values:
             raise ValueError(f"{file} names no model_type; expected a transformers config.json")
     elif known_name(model):
@@ -57,7 +61,9 @@ def load_config(model: str, **changes) -> PretrainedConfig:
             f"transformers knows no model type {kind!r}; expected one such as qwen3, llama, t5 or mt5"
         ) from None
     except Exception as error:
-        raise ValueError(f"the config of {model!r} cannot be built: {error}; compare it with the model's own") from None
+        raise ValueError(
+            f"the config of {model!r} cannot be built: {error}; compare it with the model's own"
+        ) from None
 
 
 def is_encoder_decoder(config: PretrainedConfig) -> bool:

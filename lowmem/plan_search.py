@@ -123,11 +123,15 @@ def possible_fixes(plan: PlanConfig) -> list[tuple[str, dict, str]]:
     if plan.lm_head != "chunked":
         fixes.append(("chunked log-probabilities", {"lm_head": "chunked"}, ""))
     if plan.method in ("rloo", "grpo") and not plan.shared_prefix and not plan.padded:
-        fixes.append(("shared prefix", {"shared_prefix": True, "rows_per_micro_batch": 1}, "two stages, one branch at once"))
+        fixes.append(
+            ("shared prefix", {"shared_prefix": True, "rows_per_micro_batch": 1}, "two stages, one branch at once")
+        )
     if plan.micro_batch_rows > 1:
         half = max(r for r in range(1, plan.micro_batch_rows // 2 + 1) if plan.rows_per_step % r == 0)
         times = plan.rows_per_step // half
-        fixes.append((f"micro-batch {half}", {"rows_per_micro_batch": half}, f"accumulated {times} times: the same batch"))
+        fixes.append(
+            (f"micro-batch {half}", {"rows_per_micro_batch": half}, f"accumulated {times} times: the same batch")
+        )
     if plan.rollout_rows > 1 and decoder:
         fixes.append((f"generate {plan.rollout_rows // 2} rows at once", {"rows_per_rollout": plan.rollout_rows // 2},
                       "generation takes about twice as many passes"))  # fmt: skip
@@ -136,7 +140,9 @@ def possible_fixes(plan: PlanConfig) -> list[tuple[str, dict, str]]:
     if plan.optimizer != "adamw" and not plan.optimizer.startswith(("sgd", "adafactor")):
         fixes.append(("fused optimizer", {"optimizer": "adamw"}, ""))
     if plan.optimizer == "adamw" and not plan.offload_optimizer and not plan.lora_rank:
-        fixes.append(("optimizer on the host", {"offload_optimizer": True}, "steps at the speed of the host; not timed"))
+        fixes.append(
+            ("optimizer on the host", {"offload_optimizer": True}, "steps at the speed of the host; not timed")
+        )
     if not plan.lora_rank:
         fixes.append(("LoRA, rank 16", {"lora_rank": 16}, "trains other parameters"))
     if plan.dtype == "float32":
@@ -197,7 +203,9 @@ def recommend(plan: PlanConfig, device: int, unseen: Unseen, run: Simulate, *, c
     for rank, extra in enumerate(drastic):
         for recompute in {plan.gradient_checkpointing, True}:
             for head in heads:
-                for shared in [False, True] if plan.method in ("rloo", "grpo") and not plan.padded else [plan.shared_prefix]:
+                for shared in (
+                    [False, True] if plan.method in ("rloo", "grpo") and not plan.padded else [plan.shared_prefix]
+                ):
                     base = extra | {"gradient_checkpointing": recompute, "lm_head": head, "shared_prefix": shared}
                     priced = _priced(plan, base, sizes, cuda)
                     tried += len(priced)
@@ -206,7 +214,9 @@ def recommend(plan: PlanConfig, device: int, unseen: Unseen, run: Simulate, *, c
                         for rows, peak, flops in priced
                         if judge(peak, device, unseen).verdict == FITS
                     ]
-        for _, flops, _, changes in sorted((f for f in found if f[0] == rank), key=lambda f: (round(f[1], -9), f[2]))[:4]:
+        for _, flops, _, changes in sorted((f for f in found if f[0] == rank), key=lambda f: (round(f[1], -9), f[2]))[
+            :4
+        ]:
             proposal = changed(plan, **changes)
             step = run(proposal)
             if judge(step.peak_bytes, device, unseen).verdict == FITS:

@@ -66,7 +66,9 @@ def model_config(plan: PlanConfig) -> PretrainedConfig:
         config = AutoConfig.for_model("qwen3", **shape, tie_word_embeddings=False, bos_token_id=None, eos_token_id=1)
     if is_encoder_decoder(config):
         if plan.method != "sft":
-            raise ValueError(f"method {plan.method} needs a decoder-only model; {config.model_type} can be planned with sft")
+            raise ValueError(
+                f"method {plan.method} needs a decoder-only model; {config.model_type} can be planned with sft"
+            )
         if plan.lm_head != "full":
             raise ValueError(f"lm_head {plan.lm_head} needs a decoder-only model, and {config.model_type} is none")
         return config
@@ -108,7 +110,11 @@ def _run(plan: PlanConfig, config: PretrainedConfig, whole: bool) -> StepMemory:
     model = build_model(config, dtype, initialise=whole)
     if plan.lm_head == "chunked" and plan.method != "mtp":
         add_logprob_head(model)
-    reference = build_model(config, dtype, initialise=whole).requires_grad_(False) if plan.needs_reference and not plan.lora_rank else None
+    reference = (
+        build_model(config, dtype, initialise=whole).requires_grad_(False)
+        if plan.needs_reference and not plan.lora_rank
+        else None
+    )
     if reference is not None and plan.lm_head == "chunked":
         add_logprob_head(reference)
     if plan.gradient_checkpointing:

@@ -8,7 +8,7 @@ ranking decides, and the effective batch is kept by gradient accumulation.
 import math
 from dataclasses import dataclass, field
 
-from lowmem.failures import Finding
+from lowmem.failures import Finding, of_tensors
 
 
 @dataclass
@@ -52,26 +52,62 @@ def remedies(finding: Finding, settings: dict | None = None, fixes: list | None 
             out.append(Remedy("recompute activations", "about a third more time", {"gradient_checkpointing": True}))
         out.append(_expandable("costs nothing; worth as much as is reserved and unused"))
         out.append(Remedy("leave the data loader alone", "its workers hold host memory, not the device's"))
+    elif of_tensors(finding):  # training on the CPU
+        out += [_of_fix(fix) for fix in fixes or [] if fix.saved_bytes > 0] or _batches(settings)
+        if workers is None or workers > 0:
+            out.append(Remedy("fewer data loader workers", "they share the host with the tensors"))
     elif finding.kind in ("host out of memory", "data loader worker killed", "shared memory exhausted"):
         if workers is None:
             out.append(Remedy("halve dataloader_num_workers", "every worker is a process of its own"))
         elif workers > 0:
-            out.append(Remedy("halve dataloader_num_workers", f"{workers} processes of their own", {"dataloader_num_workers": workers // 2}))
+            out.append(
+                Remedy(
+                    "halve dataloader_num_workers",
+                    f"{workers} processes of their own",
+                    {"dataloader_num_workers": workers // 2},
+                )
+            )
         out.append(Remedy("no pinned memory", "pinned pages cannot be given back", {"dataloader_pin_memory": False}))
         if finding.kind == "shared memory exhausted":
-            out.append(Remedy("raise the container's shared memory (--shm-size)", "workers hand batches over through it"))
+            out.append(
+                Remedy("raise the container's shared memory (--shm-size)", "workers hand batches over through it")
+            )
         out += _evaluation(settings)
         out.append(Remedy("raise the memory limit of the container", "if the plan's host figure is above it"))
     elif finding.kind == "broken pipe":
-        out.append(Remedy("look for what ended first", "a broken pipe is what the other end says: a killed worker, a full disk, an interrupted run"))
+        out.append(
+            Remedy(
+                "look for what ended first",
+                "a broken pipe is what the other end says: a killed worker, a full disk, an interrupted run",
+            )
+        )
         if workers is None or workers:
-            out.append(Remedy("run once without workers", "the error then shows where it happens", {"dataloader_num_workers": 0}))
+            out.append(
+                Remedy(
+                    "run once without workers", "the error then shows where it happens", {"dataloader_num_workers": 0}
+                )
+            )
     elif finding.kind == "NCCL time-out":
-        out.append(Remedy("look at the log of every rank for the one that stopped first", "an out-of-memory on one rank is a time-out on the others"))
-        out.append(Remedy("see that every rank makes the same number of steps and generates as long", "a rank that waits is told to time out"))
+        out.append(
+            Remedy(
+                "look at the log of every rank for the one that stopped first",
+                "an out-of-memory on one rank is a time-out on the others",
+            )
+        )
+        out.append(
+            Remedy(
+                "see that every rank makes the same number of steps and generates as long",
+                "a rank that waits is told to time out",
+            )
+        )
         out.append(Remedy("raise ddp_timeout", "if a step is only slow", {"ddp_timeout": 3600}))
     elif finding.kind == "leak":
-        out.append(Remedy("keep numbers and not tensors: .item() or .detach() in what is logged or collected", "a tensor of the loss holds its whole graph"))
+        out.append(
+            Remedy(
+                "keep numbers and not tensors: .item() or .detach() in what is logged or collected",
+                "a tensor of the loss holds its whole graph",
+            )
+        )
         out.append(Remedy("see that caches and hooks end with their step", "the peak rises with every step"))
     return out
 
@@ -97,7 +133,9 @@ def _batches(settings: dict) -> list[Remedy]:
     out = _evaluation(settings)
     batch, accumulation = settings.get("per_device_train_batch_size"), settings.get("gradient_accumulation_steps", 1)
     if batch is None:
-        out.append(Remedy("cut per_device_train_batch_size and raise gradient_accumulation_steps", "keep their product"))
+        out.append(
+            Remedy("cut per_device_train_batch_size and raise gradient_accumulation_steps", "keep their product")
+        )
     elif batch > 1:
         rows, times = smaller_batch(batch, accumulation)
         changes = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": times}

@@ -99,7 +99,9 @@ def watch(command: list[str], interval_s: float = 0.2, show: bool = True, env: d
     """
     start = time.monotonic()
     try:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=env)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=env
+        )
     except OSError as error:
         raise ValueError(f"the command {command[0]!r} cannot be started: {error}") from None
     lines: deque[str] = deque(maxlen=KEPT_LINES)
@@ -149,7 +151,10 @@ def summary(run: WatchedRun, reference_s: float | None = None) -> list[str]:
     host = max(run.rss_bytes, default=None)
     values = {
         "GPU utilisation": (run.utilization, "no GPU was sampled"),
-        "device memory": (run.device_bytes / run.device_total_bytes if run.device_bytes else None, "no GPU was sampled"),
+        "device memory": (
+            run.device_bytes / run.device_total_bytes if run.device_bytes else None,
+            "no GPU was sampled",
+        ),
         "host memory": (host / limit if host else None, "the run was too short to be sampled"),
         "step time": (
             run.step_time_s / reference_s if run.step_time_s and reference_s else None,
@@ -159,11 +164,19 @@ def summary(run: WatchedRun, reference_s: float | None = None) -> list[str]:
     lines = []
     for name, (value, reason) in values.items():
         low, high = TARGETS[name]
-        goal = f"{high:g}x the reference" if name == "step time" else f"{low:.0%} to {high:.0%}" if low else f"below {high:.0%}"
+        goal = (
+            f"{high:g}x the reference"
+            if name == "step time"
+            else f"{low:.0%} to {high:.0%}"
+            if low
+            else f"below {high:.0%}"
+        )
         if value is None:
             lines.append(f"{name}: not measured, {reason} (target {goal})")
             continue
         seen = f"{value:.2f}x" if name == "step time" else f"{value:.0%}"
         verdict = "ok" if low <= value <= high else "too low" if value < low else "too high"
-        lines.append(f"{name}: {seen}, target {goal}: {verdict}" + (f" (limit: {source})" if name == "host memory" else ""))
+        lines.append(
+            f"{name}: {seen}, target {goal}: {verdict}" + (f" (limit: {source})" if name == "host memory" else "")
+        )
     return lines

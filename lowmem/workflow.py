@@ -82,7 +82,9 @@ def workflow(
         peak = peak_of(record, run)
         step_s = (record.get("summary") or {}).get("step_time_median_s")
         fits = record["status"] == "ok" and peak is not None and peak <= FRACTION * limit_bytes
-        state = "fits" if fits else "out of memory" if record["status"] == "oom" else f"above {FRACTION:.0%} of the device"
+        state = (
+            "fits" if fits else "out of memory" if record["status"] == "oom" else f"above {FRACTION:.0%} of the device"
+        )
         pace = f", {step_s:.2f} s a step" if step_s else ""
         say(f"  {key} {size}: peak {(peak or 0) / 2**20:.0f} MiB{pace}: {state}")
         return {"size": size, "peak_bytes": peak, "step_time_s": step_s, "fits": fits}
