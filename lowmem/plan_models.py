@@ -80,6 +80,7 @@ def build_model(config: PretrainedConfig, dtype: torch.dtype, *, initialise: boo
     try:
         with contextlib.nullcontext() if initialise else no_init_weights():
             model = auto.from_config(config, dtype=dtype)
+            model.tie_weights()  # left out where weights are not initialised
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError, AttributeError) as error:
         raise ValueError(
             f"no model can be built from this {config.model_type} config: {str(error).splitlines()[0]}"
