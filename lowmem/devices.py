@@ -1,5 +1,7 @@
 """Memory of devices by name, as their makers state it. Nothing else is known of them here."""
 
+import re
+
 GIB = 2**30
 
 # GiB. Makers write "GB" for it, but for the H200, whose 141 are decimal. Inference cards with GDDR6 keep 1/16 of it for
@@ -36,7 +38,7 @@ def device_bytes(device: str) -> int:
     Raises:
         ValueError: for an unknown name, or a size that is not above 0.
     """
-    folded = device.lower().replace(" ", "").replace("-", "").replace("_", "").removeprefix("nvidia")
+    folded = re.sub(r"(?<=.)[-_]|\s", "", device.lower()).removeprefix("nvidia")
     for name, size in MEMORY_GIB.items():
         if folded in (name.lower().replace(" ", ""), name.lower().replace(" ", "").removesuffix("gb")):
             return int(size * GIB)

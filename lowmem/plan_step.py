@@ -72,7 +72,11 @@ def model_config(plan: PlanConfig) -> PretrainedConfig:
         if plan.lm_head != "full":
             raise ValueError(f"lm_head {plan.lm_head} needs a decoder-only model, and {config.model_type} is none")
         return config
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = config.get_text_config()
+    heads, groups = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or 1
+    if heads % groups:
+        raise ValueError(f"{heads} attention heads are no multiple of {groups} key-value heads; no model can be built")
+    limit = getattr(text, "max_position_embeddings", None)
     if limit and plan.prompt_tokens + plan.response_tokens > limit:
         raise ValueError(
             f"{plan.prompt_tokens} prompt and {plan.response_tokens} response tokens exceed the model's {limit} positions"
