@@ -1,9 +1,11 @@
-"""The guideline's hardware tables (T5-small to mT5-XL on 24 GB) made again by the planner, beside the guideline's figures.
+"""The guideline's hardware tables (T5-small to mT5-XL on 24 GB) made again by the planner, beside the guideline's
+figures.
 
     python experiments/plan_hardware_tables.py         # writes results/planner/hardware.json and hardware.md
 
-The guideline names batch sizes and an expected use, and neither lengths nor precision: 512 + 128 tokens are taken here,
-float32 with AdamW, and beside it bfloat16 with recomputed activations. Nothing of this was run on a card.
+The guideline names batch sizes and an expected use, and neither lengths nor precision: 512 + 128 tokens are taken
+here, float32 with AdamW, and beside it bfloat16 with recomputed activations. Peaks are on lines through small batches and few
+layers; `full_simulation_bytes` is the float32 one in full. Nothing of this was run on a card.
 """
 
 import json
@@ -14,14 +16,13 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(HERE), str(ROOT)]
 
-from memory_samples import write_atomically  # noqa: E402
-
 from lowmem.devices import device_bytes  # noqa: E402
 from lowmem.plan_config import PlanConfig  # noqa: E402
-from lowmem.plan_models import load_config  # noqa: E402
+from lowmem.plan_models import hidden_layers, load_config, with_layers  # noqa: E402
 from lowmem.plan_search import line, phase_bytes  # noqa: E402
 from lowmem.plan_step import simulate  # noqa: E402
 from lowmem.plan_verdict import CUDA, FITS, judge  # noqa: E402
+from memory_samples import write_atomically  # noqa: E402
 
 GIB = 2**30
 INPUT_TOKENS, TARGET_TOKENS = 512, 128
@@ -46,45 +47,41 @@ def plan(model: str, batch: int, **settings) -> PlanConfig:
     return PlanConfig(model=model, method="sft", prompts_per_step=batch, **lengths, **settings)
 
 
-def largest_batch(model: str, settings: dict, device: int, known: dict) -> int:
-    """By the line through two batches, confirmed by a simulation; 0 if not even one row fits."""
-
-    def step(batch):
-        if batch not in known:
-            known[batch] = simulate(plan(model, batch, **settings), cuda=True)
-        return known[batch]
-
-    def fits(batch):
-        return judge(step(batch).peak_bytes, device, CUDA).verdict == FITS
-
-    peak = line(2, phase_bytes(step(2)), 4, phase_bytes(step(4)))
-    batch = max((b for b in range(1, 4097) if judge(peak(b), device, CUDA).verdict == FITS), default=0)
-    while batch and not fits(batch):
-        batch -= 1
-    while fits(batch + 1):
-        batch += 1
-    return batch
+def phases_by_batch(model: str, settings: dict):
+    """batch -> bytes by phase, on lines through batches 2 and 4 and layers 2 and 4 of each phase."""
+    config = load_config(model)
+    depth = hidden_layers(config)
+    points = {}
+    for batch in (2, 4):
+        shallow = [
+            phase_bytes(simulate(plan(model, batch, **settings), with_layers(config, layers), cuda=True))
+            for layers in (2, 4)
+        ]
+        points[batch] = {p: shallow[0][p] + (shallow[1][p] - shallow[0][p]) * (depth - 2) / 2 for p in shallow[0]}
+    return line(2, points[2], 4, points[4])
 
 
 def rows() -> list[dict]:
-    known = {}
+    lines = {
+        (model, name): phases_by_batch(model, settings)
+        for model in dict.fromkeys(row[1] for row in GUIDELINE)
+        for name, settings in SETTINGS.items()
+    }
     table = []
     for device, model, batch, expected in GUIDELINE:
+        step = simulate(plan(model, batch, dtype="float32"), cuda=True)
         row = {"device": device, "model": model, "batch": batch, "guideline_gb": expected}
+        row |= {"parameters": step.parameters, "full_simulation_bytes": step.peak_bytes}
+        hidden, limit = load_config(model).hidden_size, device_bytes(device)
         for name, settings in SETTINGS.items():
-            seen = known.setdefault((model, name), {})
-            if batch not in seen:
-                seen[batch] = simulate(plan(model, batch, **settings), cuda=True)
-            step = seen[batch]
-            hidden = load_config(model).hidden_size
+            peak = lines[model, name]
             width = 4 if settings["dtype"] == "float32" else 2
-            row |= {"parameters": step.parameters}
+            fitting = [b for b in range(1, 1025) if judge(peak(b), limit, CUDA).verdict == FITS]
             row[name] = {
-                "peak_bytes": step.peak_bytes,
-                "peak_phase": step.peak_phase,
+                "peak_bytes": peak(batch),
                 "rule_bytes": int(step.parameters * width * 3.5 + batch * (INPUT_TOKENS + TARGET_TOKENS) * hidden * 4),
-                "verdict": judge(step.peak_bytes, device_bytes(device), CUDA).verdict,
-                "largest_batch": largest_batch(model, settings, device_bytes(device), seen),
+                "verdict": judge(peak(batch), limit, CUDA).verdict,
+                "largest_batch": max(fitting, default=0),
             }
         print(json.dumps(row), flush=True)
         table.append(row)
@@ -93,8 +90,8 @@ def rows() -> list[dict]:
 
 def markdown(table: list[dict]) -> str:
     lines = [
-        f"Simulated peaks of one SFT step, {INPUT_TOKENS} + {TARGET_TOKENS} tokens, AdamW, kernels of CUDA, in GiB of live",
-        'tensors. "Guideline" is its expected use in GB, "rule" its formula. Not run on a card.',
+        f"Simulated peaks of one SFT step, {INPUT_TOKENS} + {TARGET_TOKENS} tokens, AdamW, kernels of CUDA, in GiB of",
+        'live tensors. "Guideline" is its expected use in GB, "rule" its formula. Not run on a card.',
         "",
         "| device | model | batch | guideline | "
         + " | ".join(f"{name}: peak | rule | verdict | largest batch" for name in SETTINGS)

@@ -4,10 +4,10 @@ enough.
     python experiments/validate_planner.py                     # all that is missing in results/planner/validation.json
     python experiments/validate_planner.py --only trainer      # or step, recorded
 
-Three kinds: `step`, the planner's own step of a method, executed on real tensors; `trainer`, the trainers of both trees,
-executed by experiments/train.py; `recorded`, the runs of results/runs/, predicted from their settings. The executed run
-may allocate what `lowmem.plan_verdict` calls enough for the predicted peak and not more (RLIMIT_DATA), so a wrong "fits"
-is an out-of-memory. Writes validation.json and validation.csv after every configuration.
+Three kinds: `step`, the planner's own step of a method, executed on real tensors; `trainer`, the trainers of both
+trees, executed by experiments/train.py; `recorded`, the runs of results/runs/, predicted from their settings. The
+executed run may allocate what `lowmem.plan_verdict` calls enough for the predicted peak and not more (RLIMIT_DATA), so a
+wrong "fits" is an out-of-memory. Writes validation.json and validation.csv after every configuration.
 """
 
 import argparse
@@ -71,7 +71,13 @@ def step_cases() -> dict[str, dict]:
         "rloo-adafactor": {"optimizer": "adafactor", "lm_head": "chunked"},
         "rloo-long-prompt": {"prompt_tokens": 1536, "rloo_k": 2, "lm_head": "completion"},
         "rloo-long-response": {"prompt_tokens": 64, "response_tokens": 256, "rloo_k": 4, "lm_head": "chunked"},
-        "rloo-cache": {"rloo_k": 24, "response_tokens": 96, "lm_head": "chunked", "vocab_size": 2000, "rows_per_micro_batch": 1},
+        "rloo-cache": {
+            "rloo_k": 24,
+            "response_tokens": 96,
+            "lm_head": "chunked",
+            "vocab_size": 2000,
+            "rows_per_micro_batch": 1,
+        },
         "rloo-float64": {"dtype": "float64", "lm_head": "completion"},
         "shared-ckpt": {"shared_prefix": True, "gradient_checkpointing": True, "rows_per_micro_batch": 2},
         "shared-lora": {"shared_prefix": True, "lora_rank": 8, "rows_per_micro_batch": 2},
@@ -92,10 +98,15 @@ def step_cases() -> dict[str, dict]:
         "llama-rloo": {"model": "llama-tiny", "lm_head": "completion"},
         "t5-small-b2": {"method": "sft", "model": "t5-small", "prompts_per_step": 2, "prompt_tokens": 192},
         "t5-small-b8": {"method": "sft", "model": "t5-small", "prompts_per_step": 8, "prompt_tokens": 96},
-        "t5-small-bf16-ckpt": {"method": "sft", "model": "t5-small", "dtype": "bfloat16", "gradient_checkpointing": True},
+        "t5-small-bf16-ckpt": {
+            "method": "sft",
+            "model": "t5-small",
+            "dtype": "bfloat16",
+            "gradient_checkpointing": True,
+        },
         "mt5-tiny": {"method": "sft", "model": "mt5-tiny", "prompts_per_step": 2},
         "mt5-tiny-adafactor": {"method": "sft", "model": "mt5-tiny", "prompts_per_step": 2, "optimizer": "adafactor"},
-    }  # fmt: skip
+    }
     return {name: TINY | settings for name, settings in cases.items()}
 
 
@@ -164,8 +175,13 @@ def measure_step(settings: dict, budget_bytes: int | None) -> dict:
         return {"status": "oom" if "alloc" in str(error) or isinstance(error, MemoryError) else str(error)[:200]}
     lift_budget()
     rss = status_kib("VmHWM") * 1024 - before
-    return {"status": status, "measured_bytes": result.peak_bytes, "measured_phase": result.peak_phase, "rss_bytes": rss,
-            "measured_s": result.wall_s}  # fmt: skip
+    return {
+        "status": status,
+        "measured_bytes": result.peak_bytes,
+        "measured_phase": result.peak_phase,
+        "rss_bytes": rss,
+        "measured_s": result.wall_s,
+    }
 
 
 def predict_step(settings: dict) -> dict:
@@ -177,11 +193,20 @@ def predict_step(settings: dict) -> dict:
     result = simulate(plan, config)
     text = config.get_text_config(decoder=True)
     rule, accelerate = rules_of_thumb(
-        result.parameters, {"float32": 4, "float64": 8}.get(plan.dtype, 2), plan.micro_batch_rows,
-        plan.prompt_tokens + plan.response_tokens, text.hidden_size, plan.needs_reference and not plan.lora_rank,
-    )  # fmt: skip
-    return {"predicted_bytes": result.peak_bytes, "predicted_phase": result.peak_phase, "predicted_s": result.wall_s,
-            "rule_bytes": rule, "accelerate_bytes": accelerate}  # fmt: skip
+        result.parameters,
+        {"float32": 4, "float64": 8}.get(plan.dtype, 2),
+        plan.micro_batch_rows,
+        plan.prompt_tokens + plan.response_tokens,
+        text.hidden_size,
+        plan.needs_reference and not plan.lora_rank,
+    )
+    return {
+        "predicted_bytes": result.peak_bytes,
+        "predicted_phase": result.peak_phase,
+        "predicted_s": result.wall_s,
+        "rule_bytes": rule,
+        "accelerate_bytes": accelerate,
+    }
 
 
 def rules_of_thumb(parameters, width, rows, tokens, hidden, reference) -> tuple[int, int]:
@@ -219,8 +244,13 @@ def predict_trainer(options: list[str]) -> dict:
     rows = config.rows_per_micro_batch or config.rows_per_step
     tokens = config.prompt_tokens + config.response_tokens
     rule, accelerate = rules_of_thumb(parameters, width, rows, tokens, config.hidden_size, not config.lora_rank)
-    return {"predicted_bytes": figures["live_peak_bytes"], "predicted_phase": figures["live_peak_phase"],
-            "predicted_s": figures["wall_s"], "rule_bytes": rule, "accelerate_bytes": accelerate}  # fmt: skip
+    return {
+        "predicted_bytes": figures["live_peak_bytes"],
+        "predicted_phase": figures["live_peak_phase"],
+        "predicted_s": figures["wall_s"],
+        "rule_bytes": rule,
+        "accelerate_bytes": accelerate,
+    }
 
 
 def run_trainer(options: list[str], budget_bytes: int) -> dict:
@@ -240,9 +270,13 @@ def run_trainer(options: list[str], budget_bytes: int) -> dict:
             raise RuntimeError(f"{' '.join(options)} left no record: {result.stderr.strip()[-400:]}")
         record = json.loads(path.read_text())
     summary = record["summary"]
-    return {"status": record["status"] if record["status"] in ("ok", "oom") else record["error"],
-            "measured_bytes": summary["live_peak_bytes"], "measured_phase": summary["live_peak_phase"],
-            "rss_bytes": summary["rss_peak_bytes"] - summary["rss_start_bytes"], "measured_s": record["wall_s"]}  # fmt: skip
+    return {
+        "status": record["status"] if record["status"] in ("ok", "oom") else record["error"],
+        "measured_bytes": summary["live_peak_bytes"],
+        "measured_phase": summary["live_peak_phase"],
+        "rss_bytes": summary["rss_peak_bytes"] - summary["rss_start_bytes"],
+        "measured_s": record["wall_s"],
+    }
 
 
 def run_case(name: str, kind: str, settings) -> dict:
@@ -270,8 +304,12 @@ def run_case(name: str, kind: str, settings) -> dict:
             f"--{key}={value}" for key, value in settings["config"].items() if value is not None and key != "record"
         ]
         row |= in_fresh_process("predict_trainer", options)
-        row |= {"status": "ok", "measured_bytes": summary["live_peak_bytes"], "measured_phase": summary["live_peak_phase"],
-                "measured_s": settings["wall_s"]}  # fmt: skip
+        row |= {
+            "status": "ok",
+            "measured_bytes": summary["live_peak_bytes"],
+            "measured_phase": summary["live_peak_phase"],
+            "measured_s": settings["wall_s"],
+        }
     if row["measured_bytes"]:
         row["error"] = row["predicted_bytes"] / row["measured_bytes"] - 1
     return row

@@ -4,8 +4,8 @@ import re
 
 GIB = 2**30
 
-# GiB. Makers write "GB" for it, but for the H200, whose 141 are decimal. Inference cards with GDDR6 keep 1/16 of it for
-# error correction, which is taken off. A card's own figure (nvidia-smi) is better: give it as a size.
+# GiB. Makers write "GB" for it, but for the H200, whose 141 are decimal. Inference cards with GDDR6 keep 1/16 of it
+# for error correction, which is taken off. A card's own figure (nvidia-smi) is better: give it as a size.
 MEMORY_GIB = {
     "RTX 2080 Ti": 11,
     "RTX 3060": 12,

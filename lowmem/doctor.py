@@ -6,8 +6,8 @@
     python -m lowmem.doctor workflow --config experiments/configs/cpu.yaml --device 1GiB --write settings.yaml \\
         -- python experiments/train.py --variant string-level
 
-With --config the run is planned, and the remedies for the device are ranked by simulated savings. Exit status: 0 nothing
-found, 1 something found, 2 bad input.
+With --config the run is planned, and the remedies for the device are ranked by simulated savings. Exit status: 0
+nothing found, 1 something found, 2 bad input.
 """
 
 import argparse
@@ -54,7 +54,8 @@ def findings_of_record(path: Path) -> list[Finding]:
 
 
 def planned_fixes(config: str | dict, cpu: bool) -> tuple[list, dict]:
-    """Fixes of the run that `config` (a YAML file, or the settings of a record) describes, simulated, and the settings of the file that the planner does not
+    """Fixes of the run that `config` (a YAML file, or the settings of a record) describes, simulated, and the settings
+    of the file that the planner does not
     know (batch sizes and workers of the Hugging Face Trainer)."""
     import yaml
 
@@ -147,8 +148,8 @@ def run(args: argparse.Namespace, command: list[str]) -> int:
         found = read_log(text)
         if not found:
             raise ValueError(
-                f"{args.file} holds no error that is known here: no out-of-memory, killed worker, broken pipe or time-out in "
-                f"{len(text.splitlines())} lines"
+                f"{args.file} holds no error that is known here: no out-of-memory, killed worker, broken pipe or "
+                f"time-out in {len(text.splitlines())} lines"
             )
     elif args.what == "record":
         found = findings_of_record(Path(args.file))

@@ -87,7 +87,8 @@ class DryRun(TorchDispatchMode):
         return out
 
     def _make(self, func, args, kwargs):
-        """An operator without tensor arguments: floats are made fake, but for `arange` and scalars, whose data count."""
+        """An operator without tensor arguments: floats are made fake, but for `arange` and scalars, whose data
+        count."""
         if "arange" in func._schema.name or "scalar_tensor" in func._schema.name:
             return func(*args, **kwargs)
         with self.fake_mode:

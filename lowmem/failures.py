@@ -58,7 +58,8 @@ def parse_size(text: str) -> int | None:
 
 
 def cuda_figures(message: str) -> dict[str, int]:
-    """Bytes in PyTorch's out-of-memory message, of its old and new wordings; a figure that is not there is left out."""
+    """Bytes in PyTorch's out-of-memory message, of its old and new wordings; a figure that is not there is left
+    out."""
     patterns = {
         "tried_bytes": rf"Tried to allocate {_SIZE}",
         "capacity_bytes": rf"total capacity of {_SIZE}|{_SIZE} total capacity",

@@ -5,8 +5,8 @@
     python -m lowmem.plan --model Qwen3-0.6B --method rloo --device 24GiB --maximize k
     python -m lowmem.plan --model Qwen3-8B --method rloo --device 24GiB --recommend --write qwen3-8b.yaml
 
-Reads the settings of experiments/train.py (`--config`, and every field of lowmem/plan_config.py as an option). It plans
-a step of its own; the trainers of both TRL trees are planned by experiments/plan_trainer.py. No accuracy on a GPU is
+Reads the settings of experiments/train.py (`--config`, and every field of lowmem/plan_config.py as an option). It
+plans a step of its own; the trainers of both TRL trees are planned by experiments/plan_trainer.py. No accuracy on a GPU is
 claimed: docs/planner.md. Exit status: 0 fits, 1 tight or does not fit, 2 bad input.
 """
 
@@ -240,7 +240,8 @@ def run(args: argparse.Namespace) -> int:
         best = recommend(plan, device, unseen, simulated, cuda=not args.cpu)
         if best is None:
             print(
-                f"nothing among the strategies known here fits on {args.device}; a larger device or smaller model is needed"
+                f"nothing among the strategies known here fits on {args.device}; "
+                "a larger device or smaller model is needed"
             )
             return 1
         changes = {
@@ -261,9 +262,14 @@ def run(args: argparse.Namespace) -> int:
     width = {"float32": 4, "float64": 8}.get(plan.dtype, 2)
     text = config.get_text_config(decoder=True)
     host = host_memory(
-        step.parameters * width, text.vocab_size * text.hidden_size * width, step.trainable, width,
-        workers=plan.dataloader_num_workers, offload_optimizer=plan.offload_optimizer, on_device=not args.cpu,
-    )  # fmt: skip
+        step.parameters * width,
+        text.vocab_size * text.hidden_size * width,
+        step.trainable,
+        width,
+        workers=plan.dataloader_num_workers,
+        offload_optimizer=plan.offload_optimizer,
+        on_device=not args.cpu,
+    )
 
     result = {
         "plan": asdict(plan),
@@ -282,15 +288,15 @@ def run(args: argparse.Namespace) -> int:
         "wall_s": step.wall_s,
     }
     lines = head + [
-        f"{plan.model or config.model_type}: {step.parameters:,} parameters, {step.trainable:,} trained, {plan.dtype}; "
-        f"{plan.method}, {plan.rows_per_step} rows of {plan.prompt_tokens} + {plan.response_tokens} tokens, "
-        f"{plan.micro_batch_rows} at once",
+        f"{plan.model or config.model_type}: {step.parameters:,} parameters, {step.trainable:,} trained, "
+        f"{plan.dtype}; {plan.method}, {plan.rows_per_step} rows of {plan.prompt_tokens} + "
+        f"{plan.response_tokens} tokens, {plan.micro_batch_rows} at once",
         *table(step),
         *(verdict_lines(verdict) if verdict else [f"peak {size(step.peak_bytes)} of tensors in {step.peak_phase}"]),
         *host_lines(host),
         *(fix_lines(fixes, refused, device, unseen) if fixes or refused else []),
         f"simulated in {step.wall_s:.1f} s, {step.num_ops:,} operators",
-    ]  # fmt: skip
+    ]
     if args.json == "-":
         print(json.dumps(result, indent=1))
     else:

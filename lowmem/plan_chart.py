@@ -35,8 +35,14 @@ def draw_step(step: StepMemory, title: str, path: str | Path, device_bytes: int 
     if device_bytes and device_bytes / 2**30 <= 2.5 * top:
         top = max(top, device_bytes / 2**30)
         axes.axhline(device_bytes / 2**30, color="#B00020", linestyle="--", linewidth=1.1)
-        axes.text(0.005, device_bytes / 2**30, f"device {device_bytes / 2**30:g} GiB", color="#B00020", va="bottom",
-                  transform=axes.get_yaxis_transform())  # fmt: skip
+        axes.text(
+            0.005,
+            device_bytes / 2**30,
+            f"device {device_bytes / 2**30:g} GiB",
+            color="#B00020",
+            va="bottom",
+            transform=axes.get_yaxis_transform(),
+        )
     axes.set_ylim(0, 1.15 * top)
     axes.set_xlim(0, max(len(line) - 1, 1))
     begin = 0

@@ -89,8 +89,8 @@ class PlanConfig:
             self.rows_per_micro_batch < 1 or self.rows_per_step % self.rows_per_micro_batch
         ):
             raise ValueError(
-                f"rows_per_micro_batch is {self.rows_per_micro_batch}; it must divide the {self.rows_per_step} rows of "
-                "a step"
+                f"rows_per_micro_batch is {self.rows_per_micro_batch}; it must divide the {self.rows_per_step} "
+                "rows of a step"
             )
         if self.rows_per_rollout is not None and self.rows_per_rollout < 1:
             raise ValueError(f"rows_per_rollout is {self.rows_per_rollout}; expected at least 1")
@@ -148,8 +148,8 @@ def from_training_file(settings: dict, *, nearest: bool = False) -> dict:
     if variant := settings.get("variant"):
         if not nearest:
             raise ValueError(
-                f"the variant {variant!r} is a trainer with a loop of its own; plan it with experiments/plan_trainer.py, or "
-                "leave the variant out and say lm_head and shared_prefix"
+                f"the variant {variant!r} is a trainer with a loop of its own; plan it with "
+                "experiments/plan_trainer.py, or leave the variant out and say lm_head and shared_prefix"
             )
         plan |= NEAREST.get(variant.removesuffix("-mb1").partition("@")[0], {})
     return plan | {key: value for key, value in settings.items() if key in names and value is not None}

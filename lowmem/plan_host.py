@@ -1,4 +1,5 @@
-"""Host memory of a training process: what it is made of, measured here where it can be, and the limit that stops it."""
+"""Host memory of a training process: what it is made of, measured here where it can be, and the limit that stops
+it."""
 
 import json
 import os

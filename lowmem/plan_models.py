@@ -1,4 +1,5 @@
-"""The model of a plan: a hub name, a local folder, a config file, or one of the shapes that are known without a hub."""
+"""The model of a plan: a hub name, a local folder, a config file, or one of the shapes that are known without a
+hub."""
 
 import contextlib
 import json
@@ -28,7 +29,8 @@ def load_config(model: str, **changes) -> PretrainedConfig:
     """The transformers config of `model`, with `changes` on top (a smaller number of layers, ...).
 
     Raises:
-        ValueError: in one sentence, if the name is unknown here, the type unknown to transformers, or the config wrong.
+        ValueError: in one sentence, if the name is unknown here, the type unknown to transformers, or the config
+        wrong.
     """
     path = Path(model)
     if path.suffix == ".json" or path.is_dir():
@@ -49,8 +51,8 @@ def load_config(model: str, **changes) -> PretrainedConfig:
         except Exception as error:  # hub, network and parsing each have their own
             reason = str(error).split("\n")[0][:160]
             raise ValueError(
-                f"the model {model!r} is neither a folder, a config.json, nor one of {', '.join(KNOWN_SHAPES)}, and the "
-                f"hub did not give it ({reason})"
+                f"the model {model!r} is neither a folder, a config.json, nor one of {', '.join(KNOWN_SHAPES)}, "
+                f"and the hub did not give it ({reason})"
             ) from None
     kind = values.pop("model_type")
     values |= changes

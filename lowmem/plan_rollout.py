@@ -164,9 +164,13 @@ def score(model, plan: PlanConfig, ids, mask, completions, trace, *, whole: bool
     if plan.shared_prefix:
         groups = prompt_groups(plan, ids, completions, whole)
         logps = shared_prefix_scores(
-            model, groups, max_branches=plan.micro_batch_rows, max_branch_tokens=2**62, branch_forward=branch_forward(plan),
+            model,
+            groups,
+            max_branches=plan.micro_batch_rows,
+            max_branch_tokens=2**62,
+            branch_forward=branch_forward(plan),
             self_check=False,
-        ).logps  # fmt: skip
+        ).logps
     else:
         full, full_mask = torch.cat([ids, completions], 1), torch.cat([mask, torch.ones_like(completions)], 1)
         rows = plan.rows_per_forward if plan.lm_head == "chunked" else plan.micro_batch_rows

@@ -33,9 +33,15 @@ def line(x0: float, y0: dict[str, int], x1: float, y1: dict[str, int]) -> Callab
 def with_value(plan: PlanConfig, what: str, value: int) -> PlanConfig:
     if what == "micro_batch":
         rows = plan.rows_per_step
-        return changed(plan, rows_per_micro_batch=value) if rows % value == 0 else changed(
-            plan, rows_per_micro_batch=value, prompts_per_step=value if plan.method not in ("rloo", "grpo") else plan.prompts_per_step
-        )  # fmt: skip
+        return (
+            changed(plan, rows_per_micro_batch=value)
+            if rows % value == 0
+            else changed(
+                plan,
+                rows_per_micro_batch=value,
+                prompts_per_step=value if plan.method not in ("rloo", "grpo") else plan.prompts_per_step,
+            )
+        )
     if what == "k" and plan.rows_per_micro_batch:
         rows = plan.prompts_per_step * value
         largest = max(r for r in range(1, plan.rows_per_micro_batch + 1) if rows % r == 0)
@@ -133,8 +139,13 @@ def possible_fixes(plan: PlanConfig) -> list[tuple[str, dict, str]]:
             (f"micro-batch {half}", {"rows_per_micro_batch": half}, f"accumulated {times} times: the same batch")
         )
     if plan.rollout_rows > 1 and decoder:
-        fixes.append((f"generate {plan.rollout_rows // 2} rows at once", {"rows_per_rollout": plan.rollout_rows // 2},
-                      "generation takes about twice as many passes"))  # fmt: skip
+        fixes.append(
+            (
+                f"generate {plan.rollout_rows // 2} rows at once",
+                {"rows_per_rollout": plan.rollout_rows // 2},
+                "generation takes about twice as many passes",
+            )
+        )
     if not plan.gradient_checkpointing:
         fixes.append(("gradient checkpointing", {"gradient_checkpointing": True}, ""))
     if plan.optimizer != "adamw" and not plan.optimizer.startswith(("sgd", "adafactor")):
@@ -188,9 +199,9 @@ class Recommendation:
 def recommend(plan: PlanConfig, device: int, unseen: Unseen, run: Simulate, *, cuda: bool) -> Recommendation | None:
     """The cheapest plan that fits, over recomputation x micro-batch x optimizer x LoRA x strategies.
 
-    Cheapest: first what trains the same parameters on the device, then fewest operations, then the largest micro-batch.
-    LoRA (other parameters) and the host's optimizer (not timed) only where nothing else fits. Steps on the GPU are not
-    timed; operations are.
+    Cheapest: first what trains the same parameters on the device, then fewest operations, then the largest
+    micro-batch. LoRA (other parameters) and the host's optimizer (not timed) only where nothing else fits.
+    Steps on the GPU are not timed; operations are.
     """
     heads = ["completion", "chunked"] if plan.method in ("rloo", "grpo", "ppo") else ["full", "chunked"]
     if model_config(plan).is_encoder_decoder:

@@ -1,7 +1,7 @@
 """Two optimizer steps of a method on the real model class, with the real autograd and the real optimizer.
 
-The code is the same in a dry run and in a real one: `simulate` runs it without memory, `execute` with, which is how the
-predictions are checked. Two steps, because the optimizer's state exists from the second on.
+The code is the same in a dry run and in a real one: `simulate` runs it without memory, `execute` with, which is how
+the predictions are checked. Two steps, because the optimizer's state exists from the second on.
 """
 
 import contextlib
@@ -34,7 +34,8 @@ class StepMemory:
         by_phase: phase -> category -> bytes at that phase's own peak.
         timeline: `(phase, category -> bytes)` over both steps.
         parameters, trainable: how many.
-        train_flops: of the matrix products and attention of one step's training, without its rollout; None where it was
+        train_flops: of the matrix products and attention of one step's training, without its rollout; None where it
+        was
             not run whole and rows differ (a shared prefix with many micro-batches).
         num_ops: operators run without data, None in a real run.
         wall_s: seconds that this took.
@@ -79,7 +80,8 @@ def model_config(plan: PlanConfig) -> PretrainedConfig:
     limit = getattr(text, "max_position_embeddings", None)
     if limit and plan.prompt_tokens + plan.response_tokens > limit:
         raise ValueError(
-            f"{plan.prompt_tokens} prompt and {plan.response_tokens} response tokens exceed the model's {limit} positions"
+            f"{plan.prompt_tokens} prompt and {plan.response_tokens} response tokens exceed "
+            f"the model's {limit} positions"
         )
     return config
 

@@ -33,8 +33,8 @@ CUDA = Unseen(
     int(0.7 * GIB),
     0.08,
     0.03,
-    "not measured here: context and kernels about 0.3 to 0.8 GB (pytorch issue 34323); reserved over allocated +1 to +26 %,"
-    " median 8 % in replays of 11 simulated traces",
+    "not measured here: context and kernels about 0.3 to 0.8 GB (pytorch issue 34323); reserved over allocated "
+    "+1 to +26 %, median 8 % in replays of 11 simulated traces",
 )
 CPU = Unseen(64 * 2**20, 0.02, 0.0, "measured on CPU: results/planner/validation.csv")
 

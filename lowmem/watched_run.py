@@ -1,8 +1,8 @@
 """Runs a command, samples its memory and the GPU from outside, and compares the run with the guideline's targets.
 
-Targets (seed 002): GPU utilisation 85 to 100 %, device memory 70 to 85 %, host memory below 80 % of its limit, step time
-within 1.5 times the reference. What cannot be measured here is said, not counted as met. For records of whole series use
-experiments/memory_monitor.py; this needs nothing but /proc.
+Targets (seed 002): GPU utilisation 85 to 100 %, device memory 70 to 85 %, host memory below 80 % of its limit,
+step time within 1.5 times the reference. What cannot be measured here is said, not counted as met. For records of whole series
+use experiments/memory_monitor.py; this needs nothing but /proc.
 """
 
 import os
@@ -126,9 +126,15 @@ def watch(command: list[str], interval_s: float = 0.2, show: bool = True, env: d
     log = "".join(lines)
     busy = [value for value in utilization if value > 0]
     return WatchedRun(
-        process.returncode, log, time.monotonic() - start, [size for size in samples if size], max(used, default=None), total,
-        sum(busy) / len(busy) if busy else None, step_time(log),
-    )  # fmt: skip
+        process.returncode,
+        log,
+        time.monotonic() - start,
+        [size for size in samples if size],
+        max(used, default=None),
+        total,
+        sum(busy) / len(busy) if busy else None,
+        step_time(log),
+    )
 
 
 def step_time(log: str) -> float | None:

@@ -1,9 +1,9 @@
 """The guideline's five steps for a new model, as one command that ends with a written configuration.
 
-1. small start; 2. a quarter more while the memory allows; 3. the fastest of what fits; 4. a longer run of it, watched for
-a leak; 5. the settings written, with what was measured. The command has to take `--config FILE --record FILE` and any
-setting as an option, and leave a record as docs/measuring.md describes, which experiments/train.py does. The effective
-batch never changes: only the rows that are held at once do.
+1. small start; 2. a quarter more while the memory allows; 3. the fastest of what fits; 4. a longer run of it, watched
+for a leak; 5. the settings written, with what was measured. The command has to take `--config FILE --record FILE` and
+any setting as an option, and leave a record as docs/measuring.md describes, which experiments/train.py does. The
+effective batch never changes: only the rows that are held at once do.
 """
 
 import json

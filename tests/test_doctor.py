@@ -14,13 +14,13 @@ from lowmem.workflow import workflow
 
 GIB = 2**30
 NEW = (
-    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.32 GiB. GPU 0 has a total capacity of 23.69 GiB of "
-    "which 1.10 GiB is free. Including non-PyTorch memory, this process has 22.58 GiB memory in use. Of the allocated "
+    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.32 GiB. GPU 0 has a total capacity of "
+    "23.69 GiB of which 1.10 GiB is free. Including non-PyTorch memory, this process has 22.58 GiB memory in use. Of the allocated "
     "memory 17.90 GiB is allocated by PyTorch, and 4.21 GiB is reserved by PyTorch but unallocated."
 )
 OLD = (
-    "RuntimeError: CUDA out of memory. Tried to allocate 512.00 MiB (GPU 0; 23.69 GiB total capacity; 21.00 GiB already "
-    "allocated; 100.00 MiB free; 22.00 GiB reserved in total by PyTorch)"
+    "RuntimeError: CUDA out of memory. Tried to allocate 512.00 MiB (GPU 0; 23.69 GiB total capacity; 21.00 GiB "
+    "already allocated; 100.00 MiB free; 22.00 GiB reserved in total by PyTorch)"
 )
 LOGS = {
     "device out of memory": OLD,
@@ -57,7 +57,9 @@ def test_a_killed_worker_is_the_cause_and_the_broken_pipe_comes_last():
 
 
 def test_ordinary_logs_hold_no_failure():
-    text = "{'loss': 0.5, 'oom_score': 1}\nsaving to memory bank\n100%|###| 3/3 [00:03<00:00, 1.0s/it]\nNCCL version 2.27"
+    text = (
+        "{'loss': 0.5, 'oom_score': 1}\nsaving to memory bank\n100%|###| 3/3 [00:03<00:00, 1.0s/it]\nNCCL version 2.27"
+    )
     assert read_log(text) == []
 
 

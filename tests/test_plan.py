@@ -18,7 +18,14 @@ from lowmem.plan_search import maximize, possible_fixes, ranked_fixes, recommend
 from lowmem.plan_step import execute, model_config, simulate
 from lowmem.plan_verdict import CPU, CUDA, FITS, NO, TIGHT, device_needed, judge, largest_peak
 
-TINY = {"num_hidden_layers": 1, "vocab_size": 2000, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8, "prompt_tokens": 40}
+TINY = {
+    "num_hidden_layers": 1,
+    "vocab_size": 2000,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "head_dim": 8,
+    "prompt_tokens": 40,
+}
 TINY |= {"response_tokens": 8, "rloo_k": 4}
 
 
@@ -60,7 +67,15 @@ def test_a_simulation_that_forgets_the_reference_model_is_found():
 
 
 def test_encoder_decoder_matches_its_execution(tmp_path):
-    shape = {"model_type": "mt5", "vocab_size": 500, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    shape = {
+        "model_type": "mt5",
+        "vocab_size": 500,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+    }
     (tmp_path / "config.json").write_text(json.dumps(shape | {"decoder_start_token_id": 0}))
     plan = PlanConfig(model=str(tmp_path), method="sft", prompt_tokens=24, response_tokens=12, prompts_per_step=3)
     assert peaks(simulate(plan)) == peaks(execute(plan))
@@ -69,14 +84,23 @@ def test_encoder_decoder_matches_its_execution(tmp_path):
 
 
 def test_kernels_of_cuda_save_a_boolean_dropout_mask(tmp_path):
-    shape = {"model_type": "t5", "vocab_size": 500, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+    shape = {
+        "model_type": "t5",
+        "vocab_size": 500,
+        "d_model": 64,
+        "d_kv": 16,
+        "d_ff": 128,
+        "num_layers": 2,
+        "num_heads": 4,
+    }
     (tmp_path / "config.json").write_text(json.dumps(shape | {"decoder_start_token_id": 0}))
     plan = PlanConfig(model=str(tmp_path), method="sft", prompt_tokens=64, response_tokens=32, prompts_per_step=8)
     assert simulate(plan, cuda=True).peak_bytes < 0.9 * simulate(plan).peak_bytes
 
 
 @pytest.mark.parametrize(
-    "name, millions", [("qwen3-0.6b", 596), ("Qwen3-8B", 8191), ("tinyllama", 1100), ("t5-small", 60.5), ("t5-large", 738)]
+    "name, millions",
+    [("qwen3-0.6b", 596), ("Qwen3-8B", 8191), ("tinyllama", 1100), ("t5-small", 60.5), ("t5-large", 738)],
 )
 def test_known_shapes_have_the_published_number_of_parameters(name, millions):
     with torch.device("meta"):
@@ -231,7 +255,11 @@ def test_bad_input_gets_one_sentence(options, said, capsys, monkeypatch):
 
 
 def test_configs_that_cannot_be_built_are_told(tmp_path):
-    cases = {"[]": "model_type", '{"model_type": "qwen99"}': "knows no model type 'qwen99'", "{": "no config can be read"}
+    cases = {
+        "[]": "model_type",
+        '{"model_type": "qwen99"}': "knows no model type 'qwen99'",
+        "{": "no config can be read",
+    }
     for text, said in cases.items():
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=said):
@@ -246,7 +274,17 @@ def host_is_known(monkeypatch):
 def test_command_line_writes_json_chart_and_yaml(tmp_path, capsys, host_is_known):
     options = [f"--{key}={value}" for key, value in TINY.items()] + ["--cpu", "--device=1GiB", "--lm_head=chunked"]
     files = {name: tmp_path / name for name in ("plan.json", "step.png", "run.yaml")}
-    code = main([*options, "--json", str(files["plan.json"]), "--chart", str(files["step.png"]), "--write", str(files["run.yaml"])])
+    code = main(
+        [
+            *options,
+            "--json",
+            str(files["plan.json"]),
+            "--chart",
+            str(files["step.png"]),
+            "--write",
+            str(files["run.yaml"]),
+        ]
+    )
     text = capsys.readouterr().out
     assert code == 0 and "verdict: fits" in text and "<- peak" in text and "host limit" in text
     plan = json.loads(files["plan.json"].read_text())
