@@ -4,8 +4,8 @@ figures.
     python experiments/plan_hardware_tables.py         # writes results/planner/hardware.json and hardware.md
 
 The guideline names batch sizes and an expected use, and neither lengths nor precision: 512 + 128 tokens are taken
-here, float32 with AdamW, and beside it bfloat16 with recomputed activations. Peaks are on lines through small batches and few
-layers; `full_simulation_bytes` is the float32 one in full. Nothing of this was run on a card.
+here, float32 with AdamW, and beside it bfloat16 with recomputed activations. Peaks are on lines through small batches
+and few layers; `full_simulation_bytes` is the float32 one in full. Nothing of this was run on a card.
 """
 
 import json

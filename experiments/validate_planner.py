@@ -6,8 +6,8 @@ enough.
 
 Three kinds: `step`, the planner's own step of a method, executed on real tensors; `trainer`, the trainers of both
 trees, executed by experiments/train.py; `recorded`, the runs of results/runs/, predicted from their settings. The
-executed run may allocate what `lowmem.plan_verdict` calls enough for the predicted peak and not more (RLIMIT_DATA), so a
-wrong "fits" is an out-of-memory. Writes validation.json and validation.csv after every configuration.
+executed run may allocate what `lowmem.plan_verdict` calls enough for the predicted peak and not more (RLIMIT_DATA), so
+a wrong "fits" is an out-of-memory. Writes validation.json and validation.csv after every configuration.
 """
 
 import argparse

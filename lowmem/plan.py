@@ -6,8 +6,8 @@
     python -m lowmem.plan --model Qwen3-8B --method rloo --device 24GiB --recommend --write qwen3-8b.yaml
 
 Reads the settings of experiments/train.py (`--config`, and every field of lowmem/plan_config.py as an option). It
-plans a step of its own; the trainers of both TRL trees are planned by experiments/plan_trainer.py. No accuracy on a GPU is
-claimed: docs/planner.md. Exit status: 0 fits, 1 tight or does not fit, 2 bad input.
+plans a step of its own; the trainers of both TRL trees are planned by experiments/plan_trainer.py. No accuracy on a
+GPU is claimed: docs/planner.md. Exit status: 0 fits, 1 tight or does not fit, 2 bad input.
 """
 
 import argparse

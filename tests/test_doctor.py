@@ -14,9 +14,10 @@ from lowmem.workflow import workflow
 
 GIB = 2**30
 NEW = (
-    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.32 GiB. GPU 0 has a total capacity of "
-    "23.69 GiB of which 1.10 GiB is free. Including non-PyTorch memory, this process has 22.58 GiB memory in use. Of the allocated "
-    "memory 17.90 GiB is allocated by PyTorch, and 4.21 GiB is reserved by PyTorch but unallocated."
+    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.32 GiB. GPU 0 has a total capacity "
+    "of 23.69 GiB of which 1.10 GiB is free. Including non-PyTorch memory, this process has 22.58 GiB "
+    "memory in use. Of the allocated memory 17.90 GiB is allocated by PyTorch, and 4.21 GiB is reserved "
+    "by PyTorch but unallocated."
 )
 OLD = (
     "RuntimeError: CUDA out of memory. Tried to allocate 512.00 MiB (GPU 0; 23.69 GiB total capacity; 21.00 GiB "
