@@ -14,6 +14,7 @@ import argparse
 import csv
 import io
 import json
+import multiprocessing
 import os
 import re
 import statistics
@@ -202,6 +203,7 @@ def predict_step(settings: dict) -> dict:
     )
     return {
         "predicted_bytes": result.peak_bytes,
+        "needed_bytes": result.needed_bytes,
         "predicted_phase": result.peak_phase,
         "predicted_s": result.wall_s,
         "rule_bytes": rule,
@@ -219,6 +221,28 @@ def rules_of_thumb(parameters, width, rows, tokens, hidden, reference) -> tuple[
 
 
 # --- the loop ---
+
+
+def in_forked_process(function, *arguments) -> dict:
+    """Runs in a process of its own that has the libraries of this one, so that a limit and a peak are its own."""
+    import lowmem.plan_step  # noqa: F401  (imported once, here)
+
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def call():
+        sender.send(function(*arguments))
+
+    process = context.Process(target=call)
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"{function.__name__} of {arguments} ended with {process.exitcode}") from None
+    finally:
+        process.join()
 
 
 def in_fresh_process(function: str, *arguments) -> dict:
@@ -289,11 +313,11 @@ def run_case(name: str, kind: str, settings) -> dict:
                 path = Path(folder) / "config.json"
                 path.write_text(json.dumps(SMALL_MODELS[settings["model"]]))
                 settings = settings | {"model": str(path)}
-            row |= in_fresh_process("predict_step", settings)
-            row["budget_bytes"] = device_needed(row["predicted_bytes"], CPU)
-            row |= in_fresh_process("measure_step", settings, row["budget_bytes"])
+            row |= in_forked_process(predict_step, settings)
+            row["budget_bytes"] = device_needed(row.pop("needed_bytes"), CPU)
+            row |= in_forked_process(measure_step, settings, row["budget_bytes"])
             if row["status"] == "oom":
-                row |= in_fresh_process("measure_step", settings, None) | {"status": "oom"}
+                row |= in_forked_process(measure_step, settings, None) | {"status": "oom"}
     elif kind == "trainer":
         row |= in_fresh_process("predict_trainer", settings)
         row["budget_bytes"] = device_needed(row["predicted_bytes"], CPU)

@@ -129,13 +129,15 @@ def table(step) -> list[str]:
             cells = [f"{values.get(name, 0) / 2**20:>11,.0f}" for name in shown]
             mark = "  <- peak" if phase == step.peak_phase else ""
             lines.append("  ".join([f"{phase:<15}", *cells, f"{sum(values.values()) / 2**20:>9,.0f}"]) + mark)
+    if step.workspace_bytes:
+        lines.append(f"workspace of kernels on a CPU in half precision: {size(step.workspace_bytes)}")
     return lines
 
 
 def verdict_lines(verdict) -> list[str]:
     return [
         f"device {size(verdict.device_bytes)}, usable {size(verdict.usable_bytes)}",
-        f"tensors {size(verdict.peak_bytes)} + not simulated {size(verdict.unseen_bytes)} ({verdict.source})",
+        f"simulated {size(verdict.peak_bytes)} + not simulated {size(verdict.unseen_bytes)} ({verdict.source})",
         f"verdict: {verdict.verdict}, margin {size(verdict.margin_bytes)}",
     ]
 
@@ -160,7 +162,7 @@ def fix_lines(fixes, refused, device, unseen) -> list[str]:
     lines = ["fixes, each simulated:"]
     for fix in fixes:
         ratio = "time not known" if fix.time_ratio is None else f"operations x{fix.time_ratio:.2f}"
-        verdict = "" if device is None else judge(fix.step.peak_bytes, device, unseen).verdict
+        verdict = "" if device is None else judge(fix.step.needed_bytes, device, unseen).verdict
         note = f" ({fix.note})" if fix.note else ""
         lines.append(f"  {fix.name:<32} saves {size(fix.saved_bytes):>11}  {ratio:<17} {verdict}{note}")
     return lines + [f"  not possible: {reason}" for reason in refused]
@@ -255,7 +257,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         step = simulated(plan)
     config = model_config(plan)
-    verdict = judge(step.peak_bytes, device, unseen) if device else None
+    verdict = judge(step.needed_bytes, device, unseen) if device else None
     fixes, refused = [], []
     if args.fixes or (verdict and verdict.verdict != FITS and not args.recommend):
         fixes, refused = ranked_fixes(plan, step, simulated)
@@ -278,6 +280,7 @@ def run(args: argparse.Namespace) -> int:
         "peak_bytes": step.peak_bytes,
         "peak_phase": step.peak_phase,
         "bytes_by_phase": step.by_phase,
+        "workspace_bytes": step.workspace_bytes,
         "train_flops": step.train_flops,
         "verdict": asdict(verdict) if verdict else None,
         "host": asdict(host) | {"peak_bytes": host.peak_bytes},

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 from lowmem.live_bytes import LiveBytes
 
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", "logits", "cache")
+SEGMENTS = 8
 aten = torch.ops.aten
 
 
@@ -31,6 +32,11 @@ class MemoryTrace(LiveBytes):
     Attributes:
         peak_categories: category -> bytes at `peak_bytes`.
         categories_by_phase: phase -> category -> bytes at that phase's peak.
+        half_scratch_bytes: float32 copies of both factors and the product of the largest matrix product in half
+            precision: what a CPU without kernels for it takes inside the kernel.
+        segment_peaks: peaks of phases, the backward's in `SEGMENTS` parts by the share of gradients that it has
+            made. Within a part bytes are affine in rows and layers; within a whole backward they are not, because its
+            peak moves from the logits at its start to the gradients at its end.
         train_flops: floating point operations of matrix products and attention in the training phases.
         timeline: `(phase, {category: bytes})` whenever a phase changes or live bytes have moved by `resolution_bytes`.
     """
@@ -45,6 +51,9 @@ class MemoryTrace(LiveBytes):
         self._label = "activations"
         self._shown_bytes = 0
         self.train_flops = 0
+        self.half_scratch_bytes = 0
+        self.segment_peaks: dict[str, int] = {}
+        self._num_gradients = self._gradients_done = 0
         super().__init__(phase)
 
     def track_as(self, category: str, tensors: Iterable[torch.Tensor]) -> None:
@@ -66,14 +75,22 @@ class MemoryTrace(LiveBytes):
 
     def hook_gradients(self, model: torch.nn.Module) -> None:
         """From now on accumulated gradients of the model's parameters are `gradients`."""
+
+        def made(parameter):
+            self.relabel("gradients", [parameter.grad])
+            self._gradients_done += 1
+
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(lambda p: self.relabel("gradients", [p.grad]))
+                self._num_gradients += 1
+                parameter.register_post_accumulate_grad_hook(made)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket) if self._phase.startswith("train") else None
+        formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
+            self._note_scratch(args, out)
+        if formula is not None and self._phase.startswith("train"):
             self.train_flops += formula(*args, **(kwargs or {}), out_val=out)
         for leaf in [out] if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
@@ -81,6 +98,12 @@ class MemoryTrace(LiveBytes):
                 self._count(leaf.untyped_storage())
         self._label = "activations"
         return out
+
+    def _note_scratch(self, args, out) -> None:
+        tensors = [
+            t for t in (*args, out) if isinstance(t, torch.Tensor) and t.dtype in (torch.bfloat16, torch.float16)
+        ]
+        self.half_scratch_bytes = max(self.half_scratch_bytes, 4 * sum(t.numel() for t in tensors))
 
     def _classify(self, func, tensor: torch.Tensor) -> str:
         if tensor.ndim > 1 and tensor.shape[-1] == self.vocab_size and tensor.is_floating_point():
@@ -114,6 +137,13 @@ class MemoryTrace(LiveBytes):
             self._snapshot()
 
     def _snapshot(self) -> None:
+        segment = self._phase
+        if segment == "train_backward" and self._num_gradients:
+            segment += f"-{min(SEGMENTS - 1, SEGMENTS * self._gradients_done // self._num_gradients)}"
+        else:
+            self._gradients_done = 0
+        if self.live_bytes > self.segment_peaks.get(segment, -1):
+            self.segment_peaks[segment] = self.live_bytes
         if self.live_bytes == self.peak_bytes:
             self.peak_categories = dict(self.categories)
         if self.live_bytes == self.peak_bytes_by_phase.get(self._phase):

@@ -18,7 +18,9 @@ LARGEST = {"k": 4096, "micro_batch": 4096, "length": 131_072}
 
 
 def phase_bytes(step: StepMemory) -> dict[str, int]:
-    return {phase: sum(categories.values()) for phase, categories in step.by_phase.items()}
+    """Peaks of the phases, the backward in parts; of a sharded step, which was divided, of whole phases."""
+    totals = {phase: sum(categories.values()) for phase, categories in step.by_phase.items()}
+    return step.segment_peaks if max(step.segment_peaks.values(), default=0) == max(totals.values()) else totals
 
 
 def line(x0: float, y0: dict[str, int], x1: float, y1: dict[str, int]) -> Callable[[float], int]:
@@ -78,7 +80,7 @@ def maximize(plan: PlanConfig, what: str, device: int, unseen: Unseen, run: Simu
         return known[value]
 
     def fits(value: int) -> bool:
-        return judge(step_at(value).peak_bytes, device, unseen).verdict == FITS
+        return judge(step_at(value).needed_bytes, device, unseen).verdict == FITS
 
     if not fits(values[0]):
         return None
@@ -230,7 +232,7 @@ def recommend(plan: PlanConfig, device: int, unseen: Unseen, run: Simulate, *, c
         ]:
             proposal = changed(plan, **changes)
             step = run(proposal)
-            if judge(step.peak_bytes, device, unseen).verdict == FITS:
+            if judge(step.needed_bytes, device, unseen).verdict == FITS:
                 cheapest = min((f[1] for f in found), default=flops)
                 ratio = flops / cheapest if flops < float("inf") else None
                 return Recommendation(proposal, step, tried, ratio)

@@ -33,6 +33,8 @@ class StepMemory:
         peak_bytes, peak_phase: largest live bytes, and where.
         by_phase: phase -> category -> bytes at that phase's own peak.
         timeline: `(phase, category -> bytes)` over both steps.
+        segment_peaks: as in `MemoryTrace`.
+        workspace_bytes: inside kernels on a CPU, in half precision (`MemoryTrace.half_scratch_bytes`); 0 for CUDA.
         parameters, trainable: how many.
         train_flops: of the matrix products and attention of one step's training, without its rollout; None where it
         was
@@ -45,11 +47,18 @@ class StepMemory:
     peak_phase: str
     by_phase: dict[str, dict[str, int]]
     timeline: list = field(repr=False)
+    segment_peaks: dict[str, int] = field(default_factory=dict, repr=False)
+    workspace_bytes: int = 0
     parameters: int = 0
     trainable: int = 0
     train_flops: int | None = None
     num_ops: int | None = None
     wall_s: float = 0.0
+
+    @property
+    def needed_bytes(self) -> int:
+        """The peak with the workspace of kernels: what a verdict is about."""
+        return self.peak_bytes + self.workspace_bytes
 
 
 def model_config(plan: PlanConfig) -> PretrainedConfig:
@@ -97,6 +106,8 @@ def simulate(plan: PlanConfig, config: PretrainedConfig | None = None, *, cuda: 
     config = config or model_config(plan)
     with DryRun(sampled_token_id=2) as dry, like_cuda() if cuda else contextlib.nullcontext():
         result = _run(plan, config, whole=False)
+    if cuda:
+        result.workspace_bytes = 0
     result.num_ops, result.wall_s = dry.num_ops, time.perf_counter() - start
     return result
 
@@ -173,6 +184,8 @@ def _run(plan: PlanConfig, config: PretrainedConfig, whole: bool) -> StepMemory:
         trace.peak_phase,
         {phase: trace.categories_by_phase[phase] for phase in trace.peak_bytes_by_phase},
         trace.timeline,
+        trace.segment_peaks,
+        trace.half_scratch_bytes,
         sum(p.numel() for p in trained.parameters()),
         sum(p.numel() for p in parameters),
         trace.train_flops * plan.rows_per_step // rows_run if rows_run else None,
