@@ -41,6 +41,8 @@ TINY = {"vocab_size": 32_000, "hidden_size": 256, "intermediate_size": 512, "num
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "prompt_tokens": 256}
 TINY |= {"response_tokens": 48, "optimizer": "adamw"}
 
+SMALLER = {"vocab_size": 8000, "num_hidden_layers": 2, "prompt_tokens": 128, "response_tokens": 12}
+
 
 def step_cases() -> dict[str, dict]:
     """Settings of `PlanConfig` by name."""
@@ -70,8 +72,8 @@ def step_cases() -> dict[str, dict]:
         "rloo-for-loop": {"optimizer": "adamw_for_loop", "lm_head": "chunked"},
         "rloo-sgd": {"optimizer": "sgd", "lm_head": "chunked"},
         "rloo-adafactor": {"optimizer": "adafactor", "lm_head": "chunked"},
-        "rloo-long-prompt": {"prompt_tokens": 1536, "rloo_k": 2, "lm_head": "completion"},
-        "rloo-long-response": {"prompt_tokens": 64, "response_tokens": 256, "rloo_k": 4, "lm_head": "chunked"},
+        "rloo-long-prompt": {"prompt_tokens": 768, "rloo_k": 2, "lm_head": "completion"},
+        "rloo-long-response": {"prompt_tokens": 64, "response_tokens": 128, "rloo_k": 4, "lm_head": "chunked"},
         "rloo-cache": {
             "rloo_k": 24,
             "response_tokens": 96,
@@ -89,7 +91,7 @@ def step_cases() -> dict[str, dict]:
         "ppo": {"method": "ppo", "prompts_per_step": 4, "lm_head": "completion"},
         "ppo-chunked-mb2": {"method": "ppo", "prompts_per_step": 4, "lm_head": "chunked", "rows_per_micro_batch": 2},
         "sft": {"method": "sft", "prompts_per_step": 4},
-        "sft-bf16-long": {"method": "sft", "dtype": "bfloat16", "prompt_tokens": 2048},
+        "sft-bf16-long": {"method": "sft", "dtype": "bfloat16", "prompt_tokens": 1024},
         "sft-ckpt": {"method": "sft", "prompts_per_step": 4, "gradient_checkpointing": True},
         "sft-chunked": {"method": "sft", "prompts_per_step": 4, "lm_head": "chunked", "logprob_chunk_tokens": 64},
         "sft-lora": {"method": "sft", "prompts_per_step": 2, "lora_rank": 8},
@@ -108,7 +110,8 @@ def step_cases() -> dict[str, dict]:
         "mt5-tiny": {"method": "sft", "model": "mt5-tiny", "prompts_per_step": 2},
         "mt5-tiny-adafactor": {"method": "sft", "model": "mt5-tiny", "prompts_per_step": 2, "optimizer": "adafactor"},
     }
-    return {name: TINY | settings for name, settings in cases.items()}
+    larger = re.compile("(rloo|grpo)-(full|completion|chunked)(-k.)?$")
+    return {name: TINY | ({} if larger.match(name) else SMALLER) | settings for name, settings in cases.items()}
 
 
 SMALL_MODELS = {

@@ -350,8 +350,8 @@ def _mtp_loss(plan, model, full, full_mask):
             from lowmem.mtp_loss import mtp_ce_loss
         except ImportError:
             raise ValueError("method mtp with lm_head chunked needs lowmem.mtp_loss, which is not installed") from None
-        hiddens = [hidden] * plan.num_future_tokens
-        return mtp_ce_loss(hiddens, head.weight, full, full_mask)["ce_loss"]
+        losses = mtp_ce_loss(hidden, head.weight, full, full_mask, n_future=plan.num_future_tokens)
+        return losses["unweighted_ce_loss"]
     losses = []
     for k in range(1, plan.num_future_tokens + 1):
         logits = head(hidden[:, :-k]).float()
