@@ -1,0 +1,256 @@
+"""Searches over plans: the largest that fits, what a change would save, and the fastest that fits.
+
+Bytes of a phase are affine in rows and in layers, so a few small simulations price many candidates; the peak is the
+largest phase. What is proposed is always simulated once in full, and the next one tried if the line was wrong.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lowmem.plan_config import PlanConfig, changed
+from lowmem.plan_models import hidden_layers, with_layers
+from lowmem.plan_step import StepMemory, model_config, simulate
+from lowmem.plan_verdict import FITS, Unseen, judge
+
+Simulate = Callable[[PlanConfig], StepMemory]
+MAXIMIZED = {"k": "rloo_k", "micro_batch": "rows_per_micro_batch", "length": "response_tokens"}
+LARGEST = {"k": 4096, "micro_batch": 4096, "length": 131_072}
+
+
+def phase_bytes(step: StepMemory) -> dict[str, int]:
+    """Peaks of the phases, the backward in parts; of a sharded step, which was divided, of whole phases."""
+    totals = {phase: sum(categories.values()) for phase, categories in step.by_phase.items()}
+    return step.segment_peaks if max(step.segment_peaks.values(), default=0) == max(totals.values()) else totals
+
+
+def line(x0: float, y0: dict[str, int], x1: float, y1: dict[str, int]) -> Callable[[float], int]:
+    """The largest phase at x, each phase on the line through its two points."""
+
+    def peak(x: float) -> int:
+        return int(max(y0[p] + (y1[p] - y0[p]) * (x - x0) / (x1 - x0) for p in y0 if p in y1))
+
+    return peak
+
+
+def with_value(plan: PlanConfig, what: str, value: int) -> PlanConfig:
+    if what == "micro_batch":
+        rows = plan.rows_per_step
+        return (
+            changed(plan, rows_per_micro_batch=value)
+            if rows % value == 0
+            else changed(
+                plan,
+                rows_per_micro_batch=value,
+                prompts_per_step=value if plan.method not in ("rloo", "grpo") else plan.prompts_per_step,
+            )
+        )
+    if what == "k" and plan.rows_per_micro_batch:
+        rows = plan.prompts_per_step * value
+        largest = max(r for r in range(1, plan.rows_per_micro_batch + 1) if rows % r == 0)
+        return changed(plan, rloo_k=value, rows_per_micro_batch=largest)
+    return changed(plan, **{MAXIMIZED[what]: value})
+
+
+def candidates(plan: PlanConfig, what: str, limit: int | None) -> list[int]:
+    """Values that are possible for `what`, ascending: divisors of the step's rows for a micro-batch."""
+    if what == "micro_batch":
+        return [rows for rows in range(1, plan.rows_per_step + 1) if plan.rows_per_step % rows == 0]
+    if what == "k":
+        return list(range(2, LARGEST[what] + 1))
+    return list(range(1, (limit or LARGEST[what] + plan.prompt_tokens) - plan.prompt_tokens + 1))
+
+
+def maximize(plan: PlanConfig, what: str, device: int, unseen: Unseen, run: Simulate) -> tuple[int, StepMemory] | None:
+    """The largest k, micro-batch or length that fits, and its simulation; None if not even the smallest does.
+
+    Raises:
+        ValueError: if `what` changes nothing for the method.
+    """
+    if what not in MAXIMIZED:
+        raise ValueError(f"{what!r} cannot be maximized; expected one of {', '.join(MAXIMIZED)}")
+    if what == "k" and plan.method not in ("rloo", "grpo"):
+        raise ValueError(f"method {plan.method} has no k to maximize; expected micro_batch or length")
+    limit = getattr(model_config(plan).get_text_config(decoder=True), "max_position_embeddings", None)
+    values = candidates(plan, what, limit)
+    known: dict[int, StepMemory] = {}
+
+    def step_at(value: int) -> StepMemory:
+        if value not in known:
+            known[value] = run(with_value(plan, what, value))
+        return known[value]
+
+    def fits(value: int) -> bool:
+        return judge(step_at(value).needed_bytes, device, unseen).verdict == FITS
+
+    if not fits(values[0]):
+        return None
+    low = 0
+    x0 = min(len(values) - 1, 2 if what != "length" else 63)
+    x1 = min(len(values) - 1, 2 * x0 + 2)
+    high = len(values)
+    if x0 < x1:
+        peak = line(values[x0], phase_bytes(step_at(values[x0])), values[x1], phase_bytes(step_at(values[x1])))
+        inside = [i for i, value in enumerate(values) if judge(peak(value), device, unseen).verdict == FITS]
+        guess = inside[-1] if inside else 0
+    else:
+        guess = len(values) - 1
+    # The line is confirmed or corrected by full simulations: the guess has to fit, the value after it must not
+    stride = 1
+    while True:
+        if fits(values[guess]):
+            low = max(low, guess)
+            if guess + 1 >= high:
+                break
+            guess, stride = min(guess + stride, high - 1), stride * 2
+        else:
+            high = guess
+            if high - low <= 1:
+                break
+            guess, stride = (low + high) // 2 if high - low > 2 * stride else low + 1, 1
+    return values[low], known[values[low]]
+
+
+@dataclass
+class Fix:
+    """A change of the plan, simulated: bytes below the present peak, and training operations against the present's."""
+
+    name: str
+    changes: dict
+    step: StepMemory
+    saved_bytes: int
+    time_ratio: float | None
+    note: str = ""
+
+
+def possible_fixes(plan: PlanConfig) -> list[tuple[str, dict, str]]:
+    """(name, changes, what they cost beside operations), of those that change something."""
+    fixes = []
+    decoder = plan.method in ("rloo", "grpo", "ppo")
+    if plan.lm_head == "full" and decoder:
+        fixes.append(("logits of the completion only", {"lm_head": "completion"}, ""))
+    if plan.lm_head != "chunked":
+        fixes.append(("chunked log-probabilities", {"lm_head": "chunked"}, ""))
+    if plan.method in ("rloo", "grpo") and not plan.shared_prefix and not plan.padded:
+        fixes.append(
+            ("shared prefix", {"shared_prefix": True, "rows_per_micro_batch": 1}, "two stages, one branch at once")
+        )
+    if plan.micro_batch_rows > 1:
+        half = max(r for r in range(1, plan.micro_batch_rows // 2 + 1) if plan.rows_per_step % r == 0)
+        times = plan.rows_per_step // half
+        fixes.append(
+            (f"micro-batch {half}", {"rows_per_micro_batch": half}, f"accumulated {times} times: the same batch")
+        )
+    if plan.rollout_rows > 1 and decoder:
+        fixes.append(
+            (
+                f"generate {plan.rollout_rows // 2} rows at once",
+                {"rows_per_rollout": plan.rollout_rows // 2},
+                "generation takes about twice as many passes",
+            )
+        )
+    if not plan.gradient_checkpointing:
+        fixes.append(("gradient checkpointing", {"gradient_checkpointing": True}, ""))
+    if plan.optimizer != "adamw" and not plan.optimizer.startswith(("sgd", "adafactor")):
+        fixes.append(("fused optimizer", {"optimizer": "adamw"}, ""))
+    if plan.optimizer == "adamw" and not plan.offload_optimizer and not plan.lora_rank:
+        fixes.append(
+            ("optimizer on the host", {"offload_optimizer": True}, "steps at the speed of the host; not timed")
+        )
+    if not plan.lora_rank:
+        fixes.append(("LoRA, rank 16", {"lora_rank": 16}, "trains other parameters"))
+    if plan.dtype == "float32":
+        fixes.append(("bfloat16 weights", {"dtype": "bfloat16"}, "changes the numbers"))
+    return fixes
+
+
+def ranked_fixes(plan: PlanConfig, step: StepMemory, run: Simulate) -> tuple[list[Fix], list[str]]:
+    """Every possible fix simulated, largest saving first, and those that cannot be, with the reason."""
+    fixes, refused = [], []
+    for name, changes, note in possible_fixes(plan):
+        try:
+            other = run(changed(plan, **changes))
+        except (ValueError, NotImplementedError, RuntimeError) as error:
+            refused.append(f"{name}: {str(error).splitlines()[0]}")
+            continue
+        ratio = other.train_flops / step.train_flops if other.train_flops and step.train_flops else None
+        fixes.append(Fix(name, changes, other, step.peak_bytes - other.peak_bytes, ratio, note))
+    return sorted(fixes, key=lambda fix: -fix.saved_bytes), refused
+
+
+def by_depth(plan: PlanConfig, cuda: bool, memo: dict) -> Callable[[], int]:
+    """The peak of the plan at its full depth, from two shallow simulations (layers 2 and 4)."""
+    config = model_config(plan)
+    depth = hidden_layers(config)
+    if depth <= 6:
+        return lambda: simulate(plan, config, cuda=cuda).peak_bytes
+    shallow = [simulate(plan, with_layers(config, layers), cuda=cuda) for layers in (2, 4)]
+    peak = line(2, phase_bytes(shallow[0]), 4, phase_bytes(shallow[1]))
+    flops = [step.train_flops for step in shallow]
+    memo["flops"] = None if None in flops else flops[0] + (flops[1] - flops[0]) * (depth - 2) / 2
+    return lambda: peak(depth)
+
+
+@dataclass
+class Recommendation:
+    plan: PlanConfig
+    step: StepMemory
+    tried: int
+    time_ratio: float | None
+
+
+def recommend(plan: PlanConfig, device: int, unseen: Unseen, run: Simulate, *, cuda: bool) -> Recommendation | None:
+    """The cheapest plan that fits, over recomputation x micro-batch x optimizer x LoRA x strategies.
+
+    Cheapest: first what trains the same parameters on the device, then fewest operations, then the largest
+    micro-batch. LoRA (other parameters) and the host's optimizer (not timed) only where nothing else fits.
+    Steps on the GPU are not timed; operations are.
+    """
+    heads = ["completion", "chunked"] if plan.method in ("rloo", "grpo", "ppo") else ["full", "chunked"]
+    if model_config(plan).is_encoder_decoder:
+        heads = ["full"]
+    sizes = [rows for rows in range(1, plan.rows_per_step + 1) if plan.rows_per_step % rows == 0]
+    sizes = [rows for rows in sizes if rows & (rows - 1) == 0 or rows == plan.rows_per_step]
+    found, tried = [], 0
+    drastic = [{}] + ([{"offload_optimizer": True}] if plan.optimizer == "adamw" and not plan.lora_rank else [])
+    drastic += [{"lora_rank": 16}] if not plan.lora_rank else []
+    for rank, extra in enumerate(drastic):
+        for recompute in {plan.gradient_checkpointing, True}:
+            for head in heads:
+                for shared in (
+                    [False, True] if plan.method in ("rloo", "grpo") and not plan.padded else [plan.shared_prefix]
+                ):
+                    base = extra | {"gradient_checkpointing": recompute, "lm_head": head, "shared_prefix": shared}
+                    priced = _priced(plan, base, sizes, cuda)
+                    tried += len(priced)
+                    found += [
+                        (rank, flops or float("inf"), -rows, base | {"rows_per_micro_batch": rows})
+                        for rows, peak, flops in priced
+                        if judge(peak, device, unseen).verdict == FITS
+                    ]
+        for _, flops, _, changes in sorted((f for f in found if f[0] == rank), key=lambda f: (round(f[1], -9), f[2]))[
+            :4
+        ]:
+            proposal = changed(plan, **changes)
+            step = run(proposal)
+            if judge(step.needed_bytes, device, unseen).verdict == FITS:
+                cheapest = min((f[1] for f in found), default=flops)
+                ratio = flops / cheapest if flops < float("inf") else None
+                return Recommendation(proposal, step, tried, ratio)
+    return None
+
+
+def _priced(plan, base, sizes, cuda) -> list[tuple[int, int, float | None]]:
+    """(rows, peak bytes, operations) of every micro-batch size, from two sizes simulated at two depths."""
+    ends = [sizes[0], sizes[min(1, len(sizes) - 1)]] if len(sizes) > 1 else [sizes[0]]
+    points = []
+    for rows in ends:
+        memo: dict = {}
+        try:
+            peak = by_depth(changed(plan, **base, rows_per_micro_batch=rows), cuda, memo)()
+        except (ValueError, NotImplementedError, RuntimeError):
+            return []
+        points.append((rows, peak, memo.get("flops")))
+    if len(points) == 1:
+        return points
+    (r0, p0, flops), (r1, p1, _) = points
+    return [(rows, int(p0 + (p1 - p0) * (rows - r0) / (r1 - r0)), flops) for rows in sizes]
