@@ -12,12 +12,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# variant -> (pin, stage); stage "0" is upstream, "tip" the whole patch series. Later patches are not about RLOO's own
-# memory (v0.20.0: PPO), so they leave its recorded runs valid.
+# variant -> (pin, stage); stage "0" is upstream, "tip" the whole patch series
 VARIANTS = {
     "baseline": ("v0.20.0", "0"),
     "as-published": ("v0.20.0", "as-published"),
-    "string-level": ("v0.20.0", "5"),
+    "string-level": ("v0.20.0", "tip"),
     "upstream": ("v1.16.0", "0"),
     "shared-prefix": ("v1.16.0", "tip"),
 }
