@@ -7,11 +7,14 @@ is how the short cut is checked.
 Shapes: m rows generated at once, P prompt tokens, R completion tokens, V vocabulary.
 """
 
+from contextlib import nullcontext
+
 import torch
 from transformers.cache_utils import DynamicCache
 
 from lowmem.plan_config import PlanConfig
 from lowmem.shared_prefix import PromptGroup, score_logits, shared_prefix_scores
+from lowmem.shared_prefix_decode import SharedPromptLayer, can_share_cache, prompts_kept_once
 from lowmem.shared_prefix_generation import _select_rows, shared_prefix_generate
 from lowmem.shared_prefix_prompt import score_chunks
 
@@ -68,7 +71,7 @@ def _last_steps(model, plan: PlanConfig, ids, mask, trace) -> None:
         groups = -(-len(ids) // plan.rloo_k)
         model(input_ids=ids[:groups, :-1], past_key_values=cache, use_cache=True, logits_to_keep=torch.empty(0).long())
         rows = torch.arange(groups).repeat_interleave(plan.rloo_k)[: len(ids)]
-        prefilled, cache = cache, _select_rows(cache, rows)
+        prefilled, cache = cache, _select_rows(cache, rows, can_share_cache(model))
         trace.relabel("cache", _cache_tensors(prefilled) + _cache_tensors(cache))
     else:
         out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -80,28 +83,34 @@ def _last_steps(model, plan: PlanConfig, ids, mask, trace) -> None:
         for layer in cache.layers:
             if getattr(layer, "is_sliding", False):
                 continue
-            if layer.keys.shape[-2] < total:
+            if isinstance(layer, SharedPromptLayer):
+                layer.hold(len(ids), total - layer.prompt_keys.shape[-2])
+            elif layer.keys.shape[-2] < total:
                 rows_, heads, _, size = layer.keys.shape
                 layer.keys = layer.keys.new_empty(rows_, heads, total, size)
                 layer.values = layer.values.new_empty(rows_, heads, total, size)
         trace.relabel("cache", _cache_tensors(cache))
         step_mask = torch.cat([mask, mask.new_ones(len(ids), step)], 1)
         positions = (step_mask.cumsum(-1) - 1)[:, -1:]
-        out = model(
-            input_ids=ids[:, -1:],
-            attention_mask=step_mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        shares = any(isinstance(layer, SharedPromptLayer) for layer in cache.layers)
+        with prompts_kept_once(model, cache) if shares else nullcontext():
+            out = model(
+                input_ids=ids[:, -1:],
+                attention_mask=step_mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         trace.relabel("cache", _cache_tensors(cache))
         _sample(out.logits)
         del out
 
 
 def _cache_tensors(cache) -> list[torch.Tensor]:
-    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    names = ("keys", "values", "prompt_keys", "prompt_values")
+    held = [getattr(layer, name, None) for layer in cache.layers for name in names]
+    return [tensor for tensor in held if tensor is not None]
 
 
 def _sample(logits: torch.Tensor) -> torch.Tensor:

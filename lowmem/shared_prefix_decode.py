@@ -50,6 +50,14 @@ class SharedPromptLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states, value_states):
         """Nothing to allocate before the first token."""
 
+    def hold(self, num_rows: int, num_tokens: int) -> None:
+        """Makes room for `num_tokens` of every row, as if they had been decoded; for a simulation."""
+        for name in ("keys", "values"):
+            prompt = getattr(self, f"prompt_{name}")
+            empty = prompt.new_empty(num_rows, prompt.shape[1], 0, prompt.shape[3])
+            setattr(self, name, _with_room(getattr(self, name), empty, num_tokens))
+        self.num_tokens = num_tokens
+
     def update(self, key_states, value_states, *args, **kwargs):
         start, self.num_tokens = self.num_tokens, self.num_tokens + key_states.shape[-2]
         self.keys = _with_room(self.keys, key_states, self.num_tokens)
