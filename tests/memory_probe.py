@@ -131,7 +131,9 @@ def main(out: str, settings: dict) -> None:
         processing_class=tokenizer,
         peft_config=peft_config,
         callbacks=[Watch()],
-        optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None) if ours["_optimizer"] == "sgd" else (None, None),
+        optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None)
+        if ours["_optimizer"] == "sgd"
+        else (None, None),
     )
     if not ours["_sampled"]:
         make_completions(trainer, ours["_completion_tokens"])
