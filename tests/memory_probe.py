@@ -213,7 +213,11 @@ def watch_phases(trainer, meter) -> None:
 
 def plant_fault(trainer, fault: str) -> None:
     """Breaks the run as a bug would, for the negative controls."""
-    raise ValueError(fault)
+    backward = trainer.accelerator.backward
+    if fault == "half the loss":
+        trainer.accelerator.backward = lambda loss, **kwargs: backward(loss / 2, **kwargs)
+    else:
+        raise ValueError(fault)
 
 
 if __name__ == "__main__":

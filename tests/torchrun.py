@@ -1,4 +1,4 @@
-"""Starts a script alone or under torchrun, with a time limit: a hang is a failure with the last words of every rank."""
+"""Starts a script alone or under torchrun, with a time limit: a hang is a failure with the last words of the ranks."""
 
 import json
 import os
