@@ -1,8 +1,8 @@
 """Gradients and optimizer state divided over processes and kept on the host: DeepSpeed ZeRO-2 with offload, checked.
 
-The obvious way, DDP, holds all gradients and all of AdamW's state on every device. ZeRO-2 reduces every gradient to the
-process that owns its part, which runs AdamW on the CPU on that part, and gathers the parameters back. One GPU is the
-same path with one part. DeepSpeed does the work; here is the configuration that was shown to be exact, and a check
+The obvious way, DDP, holds all gradients and all of AdamW's state on every device. ZeRO-2 reduces every gradient to
+the process that owns its part, which runs AdamW on the CPU on that part, and gathers the parameters back. One GPU is
+the same path with one part. DeepSpeed does the work; here is the configuration that was shown to be exact, and a check
 that it is really in force, because most of the ways to lose it raise no error:
 
     RLOOConfig(deepspeed=zero2_config(), ...)             # any transformers trainer; start it with torchrun
@@ -61,9 +61,9 @@ def zero_optimizer(optimizer):
         inner = getattr(inner, "optimizer", None)
     if inner is None:
         raise NotSharded(
-            f"ZeRO-2 was asked for, but the optimizer is a {type(optimizer).__name__} without DeepSpeed's inside. Pass "
-            "`deepspeed=` to the trainer's config (accelerate drops FSDP on CPUs without an error, and `accelerate "
-            "launch` needs `distributed_type: DEEPSPEED`)."
+            f"ZeRO-2 was asked for, but the optimizer is a {type(optimizer).__name__} without DeepSpeed's inside. "
+            "Pass `deepspeed=` to the trainer's config (accelerate drops FSDP on CPUs without an error, and "
+            "`accelerate launch` needs `distributed_type: DEEPSPEED`)."
         )
     return inner
 

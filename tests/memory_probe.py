@@ -10,6 +10,7 @@ So that runs with another number of processes or another micro-batch train on th
 (call, global row) by a generator of their own instead of being sampled. `"_sampled": true` samples.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -87,7 +88,8 @@ def main(out: str, settings: dict) -> None:
         "save_strategy": "no",
         "logging_steps": 1,
         "disable_tqdm": True,
-        "learning_rate": 1e-3,
+        "learning_rate": 3e-4,
+        "epsilon": 0.5,  # most ratios are inside
         "lr_scheduler_type": "constant",
         "adam_epsilon": 1e-4,  # Adam at 1e-8 turns rounding of a near-zero gradient into a full step
         "num_generations": 4,
@@ -213,9 +215,25 @@ def watch_phases(trainer, meter) -> None:
 
 def plant_fault(trainer, fault: str) -> None:
     """Breaks the run as a bug would, for the negative controls."""
+    import torch
+
     backward = trainer.accelerator.backward
     if fault == "half the loss":
         trainer.accelerator.backward = lambda loss, **kwargs: backward(loss / 2, **kwargs)
+    elif fault == "other rows on the peers":
+        peers = trainer._sequence_peers
+        object.__setattr__(peers, "same_random_numbers", lambda seed: contextlib.nullcontext())
+    elif fault == "gradient of the own part only":
+        from lowmem.sequence_parallel import SequencePeers
+
+        gather = SequencePeers.gather
+
+        def gather_own(self, tensor, dim):
+            parts = list(gather(self, tensor.detach(), dim).chunk(self.size, dim))
+            parts[self.rank] = tensor
+            return torch.cat(parts, dim)
+
+        SequencePeers.gather = gather_own
     else:
         raise ValueError(fault)
 

@@ -30,7 +30,9 @@ def launch(script: str, *arguments: str, processes: int = 1, timeout_s: float = 
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
         raise AssertionError(f"{script} did not end within {timeout_s} s; its last lines:\n{output[-3000:]}") from None
-    assert (process.returncode == 0) == ok, f"{script} ended with {process.returncode}:\n{output[-4000:]}"
+    if (process.returncode == 0) != ok:
+        said = output.partition("failed (exitcode")[0]  # before torchrun's own report
+        raise AssertionError(f"{script} ended with {process.returncode}:\n{said[-4000:]}")
     return output
 
 
