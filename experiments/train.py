@@ -9,6 +9,7 @@ settings, 3 out of memory.
 
 import datetime
 import json
+import math
 import os
 import platform
 import resource
@@ -23,6 +24,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import memory  # noqa: E402
 import variants  # noqa: E402  (the tree has to be chosen before anything imports TRL)
 from config import GIB, ExperimentConfig  # noqa: E402
 from memory_samples import write_atomically  # noqa: E402
@@ -173,6 +175,7 @@ def train(config: ExperimentConfig, stage, record: dict) -> None:
     meter = LiveBytes() if config.count_live_bytes else None
     watch = RunWatch(config.steps, meter, tokenizer.pad_token_id)
     trainer, policy, ref_policy = build_trainer(config, stage, tokenizer, prompts, [watch])
+    processes = trainer.accelerator.num_processes
     watch.watch(policy, ref_policy, trainer.accelerator)
     summary = record["summary"]
     summary["rss_start_bytes"] = status_kib("VmRSS") * 1024
@@ -206,13 +209,18 @@ def train(config: ExperimentConfig, stage, record: dict) -> None:
         if torch.cuda.is_available():
             summary["cuda_peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
             summary["cuda_peak_reserved_bytes"] = torch.cuda.max_memory_reserved()
+        record["memory"] = memory.record_of(getattr(trainer, "memory_choice", None), trainer)
         expected = [tokenizer(prompt)["input_ids"] for prompt in prompts]
         record["tokens"] = {
             "prompt_tokens_per_row": [len(ids) for ids in watch.prompts],
             "completion_tokens_per_row": [len(ids) for ids in watch.completions],
             "rows_per_step": config.rows_per_step,
             **check_prompts(
-                watch.all_prompts, expected, config.rows_per_step, config.rloo_k, tiled=stage.pin == "v0.20.0"
+                watch.all_prompts,
+                expected,
+                config.rows_per_step // processes,  # those of this process; a group may lie on several
+                math.gcd(config.rloo_k, config.rows_per_step // processes),
+                tiled=stage.pin == "v0.20.0",
             ),
         }
     tokens = record["tokens"]
@@ -235,6 +243,8 @@ def main(argv: list[str]) -> int:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     path = Path(config.record or HERE.parent / f"results/runs/local/{config.workload}/{config.run_name}.json")
+    if memory.rank():  # every process writes what it held; the first one's is the run's record
+        path = path.with_suffix(f".rank{memory.rank()}.json")
     record = {
         "schema": 1,
         "run": f"{config.workload}/{path.stem}",

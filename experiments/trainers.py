@@ -6,6 +6,7 @@ import tempfile
 import torch
 from transformers import AutoModelForCausalLM, set_seed
 
+import memory
 from config import ExperimentConfig
 from data import as_dataset, model_path
 from rewards import load_reward
@@ -47,10 +48,12 @@ def training_arguments(config: ExperimentConfig) -> dict:
     )
 
 
-def build_v020(config: ExperimentConfig, tokenizer, prompts: list[str], stage_name: str, callbacks: list):
+def build_v020(config: ExperimentConfig, tokenizer, prompts: list[str], stage, callbacks: list):
     """`(trainer, policy, ref_policy)` on v0.20.0; from the first patch on, prompts stay text."""
     from trl import RLOOConfig, RLOOTrainer
 
+    memory.decide(config, stage)  # refuses: this tree has no strategies
+    stage_name = stage.name
     stage = int(stage_name) if stage_name.isdigit() else 0
     reward = load_reward(config.reward)
 
@@ -125,12 +128,13 @@ def build_v116(
         train_dataset=as_dataset(prompts, tokenizer, as_text=True),
         processing_class=tokenizer,
         peft_config=lora_config(config) if config.lora_rank else None,
-        callbacks=callbacks,
+        callbacks=[*callbacks, *memory.callbacks(choice)],
     )
+    trainer.memory_choice = choice
     return trainer, trainer.model, trainer.ref_model  # with adapters, the trainer wraps the model
 
 
 def build_trainer(config: ExperimentConfig, stage, tokenizer, prompts: list[str], callbacks: list):
     set_seed(config.seed)  # v0.20.0 shuffles its mini-batches with numpy's generator and seeds only torch's
     build = {"v0.20.0": build_v020, "v1.16.0": build_v116}[stage.pin]
-    return build(config, tokenizer, prompts, stage.name, callbacks)
+    return build(config, tokenizer, prompts, stage, callbacks)

@@ -1,0 +1,127 @@
+"""The `memory:` section of a run: what is chosen, what it means to the trainer, and what the record says of it.
+
+    memory:
+      auto_memory_strategy: true
+      selective_checkpointing: true
+
+See docs/memory_strategies.md for the names. A run without the section does what it did before there was one.
+"""
+
+import os
+from typing import TYPE_CHECKING
+
+from config import GIB, ExperimentConfig
+
+if TYPE_CHECKING:  # imported where it is used: a run's record lists the library files that the run imported
+    from lowmem.memory_strategy import MemoryChoice
+
+
+def num_processes() -> int:
+    """As torchrun and accelerate start them."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def decide(config: ExperimentConfig, stage) -> "MemoryChoice | None":
+    """The strategies of the run; None if the configuration has no `memory` section.
+
+    Raises:
+        MemorySettingsError: see `choose_memory_strategy`; also for a tree that has none of the strategies.
+    """
+    if config.memory is None:
+        return None
+    import torch
+
+    from lowmem.memory_strategy import MemorySettingsError, choose_memory_strategy, parse_memory_settings
+
+    settings = parse_memory_settings(config.memory)
+    if stage.pin != "v1.16.0" or stage.name == "0":
+        raise MemorySettingsError(
+            f"the variant {config.variant!r} has no memory strategies. Use `memory`, which is TRL v1.16.0 with the "
+            "patch series, or remove the `memory` section."
+        )
+    choice = choose_memory_strategy(
+        settings,
+        num_processes(),
+        config.prompt_tokens + config.response_tokens,
+        budget_bytes=None if config.budget_gib is None else int(config.budget_gib * GIB),
+        has_accelerator=torch.accelerator.is_available(),
+    )
+    if choice.settings.gradient_checkpointing_ratio == 0 and config.gradient_checkpointing:
+        if settings.gradient_checkpointing_ratio == 0:
+            raise MemorySettingsError("gradient_checkpointing is true and memory.gradient_checkpointing_ratio is 0")
+    print(choice if rank() == 0 else "", flush=True)
+    return choice
+
+
+def rloo_arguments(config: ExperimentConfig, choice: "MemoryChoice | None") -> dict:
+    """What the choice means to `RLOOConfig`. Rows of a step are those of all processes.
+
+    Raises:
+        ValueError: if the rows of a step cannot be divided over the processes.
+    """
+    settings = None if choice is None else choice.settings
+    size = 1 if settings is None else settings.sequence_parallel_size(num_processes())
+    pools = num_processes() // size  # groups of processes that hold the same rows
+    if config.rows_per_step % pools:
+        raise ValueError(
+            f"{config.rows_per_step} rows of a step cannot be divided over {pools} processes (or groups of them that "
+            "split sequences). Change rloo_k or prompts_per_step."
+        )
+    arguments = {}
+    if num_processes() > 1:
+        rows = min(config.rows_per_micro_batch or config.rows_per_step, config.rows_per_step // pools)
+        arguments["per_device_train_batch_size"] = rows
+        arguments["gradient_accumulation_steps"] = config.rows_per_step // pools // rows
+    if settings is None:
+        return arguments
+    if settings.gradient_checkpointing_ratio:
+        arguments["gradient_checkpointing"] = True
+        arguments["gradient_checkpointing_ratio"] = settings.gradient_checkpointing_ratio
+        arguments["selective_checkpointing"] = settings.selective_checkpointing
+    if settings.uses_deepspeed:
+        from lowmem.zero2 import zero2_config
+
+        arguments["deepspeed"] = zero2_config(offload=bool(settings.grad_offload))
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+            os.environ.setdefault(name, value)  # one process, started without a launcher
+        os.environ.setdefault("MASTER_PORT", "0")
+    if size > 1:
+        arguments["sequence_parallel_size"] = size
+    for name in ("activation_offloading", "oom_recovery"):
+        if getattr(settings, name):
+            arguments[name] = True
+    return arguments
+
+
+def callbacks(choice: "MemoryChoice | None") -> list:
+    """What checks at the start that the engine is in force."""
+    if choice is None or not choice.settings.uses_deepspeed:
+        return []
+    from lowmem.zero2 import Zero2Check
+
+    return [Zero2Check(num_processes())]
+
+
+def record_of(choice: "MemoryChoice | None", trainer) -> dict | None:
+    """For the run's record: settings, reason, predicted peak, bytes of this process's parts, out-of-memories."""
+    if choice is None:
+        return None
+    from lowmem.zero2 import Zero2Check
+
+    checks = [c for c in trainer.callback_handler.callbacks if isinstance(c, Zero2Check)]
+    recovery = trainer._oom_recovery
+    return {
+        "settings": vars(choice.settings),
+        "strategies": choice.settings.describe(),
+        "reason": choice.reason,
+        "predicted_peak_bytes": choice.predicted_peak_bytes,
+        "rejected": list(choice.rejected),
+        "num_processes": trainer.accelerator.num_processes,
+        "rank": trainer.accelerator.process_index,
+        "zero2_bytes": checks[0].bytes if checks else None,
+        "oom_events": None if recovery is None else recovery.events,
+    }
