@@ -10,6 +10,9 @@ See docs/memory_strategies.md for the names. A run without the section does what
 import os
 from typing import TYPE_CHECKING
 
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from config import GIB, ExperimentConfig
 
 if TYPE_CHECKING:  # imported where it is used: a run's record lists the library files that the run imported
@@ -33,8 +36,6 @@ def decide(config: ExperimentConfig, stage) -> "MemoryChoice | None":
     """
     if config.memory is None:
         return None
-    import torch
-
     from lowmem.memory_strategy import MemorySettingsError, choose_memory_strategy, parse_memory_settings
 
     settings = parse_memory_settings(config.memory)
@@ -97,6 +98,29 @@ def rloo_arguments(config: ExperimentConfig, choice: "MemoryChoice | None") -> d
     return arguments
 
 
+class ProductFlops(TorchDispatchMode):
+    """Floating-point operations of matrix products, and calls of attention operators: what recomputation adds to.
+
+    Attributes:
+        flops: 2 m k n for every product (m, k) x (k, n).
+        attention_calls: forward calls of a whole attention.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.flops = self.attention_calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            self.flops += 2 * out.numel() * args[0].shape[-1]
+        elif func is torch.ops.aten.addmm.default:
+            self.flops += 2 * out.numel() * args[1].shape[-1]
+        elif "scaled_dot_product" in str(func) and "backward" not in str(func):
+            self.attention_calls += 1
+        return out
+
+
 def callbacks(choice: "MemoryChoice | None") -> list:
     """What checks at the start that the engine is in force."""
     if choice is None or not choice.settings.uses_deepspeed:
@@ -106,8 +130,9 @@ def callbacks(choice: "MemoryChoice | None") -> list:
     return [Zero2Check(num_processes())]
 
 
-def record_of(choice: "MemoryChoice | None", trainer) -> dict | None:
-    """For the run's record: settings, reason, predicted peak, bytes of this process's parts, out-of-memories."""
+def record_of(choice: "MemoryChoice | None", trainer, products: ProductFlops) -> dict | None:
+    """For the run's record: settings, reason, predicted peak, bytes of this process's parts, out-of-memories, and the
+    work of this process in all steps."""
     if choice is None:
         return None
     from lowmem.zero2 import Zero2Check
@@ -124,4 +149,6 @@ def record_of(choice: "MemoryChoice | None", trainer) -> dict | None:
         "rank": trainer.accelerator.process_index,
         "zero2_bytes": checks[0].bytes if checks else None,
         "oom_events": None if recovery is None else recovery.events,
+        "product_flops": products.flops,
+        "attention_calls": products.attention_calls,
     }

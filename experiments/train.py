@@ -7,6 +7,7 @@ shell scripts do) to have resident and device memory sampled from outside as wel
 settings, 3 out of memory.
 """
 
+import contextlib
 import datetime
 import json
 import math
@@ -24,7 +25,6 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import memory  # noqa: E402
 import variants  # noqa: E402  (the tree has to be chosen before anything imports TRL)
 from config import GIB, ExperimentConfig  # noqa: E402
 from memory_samples import write_atomically  # noqa: E402
@@ -168,6 +168,7 @@ def train(config: ExperimentConfig, stage, record: dict) -> None:
         shape = AutoModelForCausalLM.from_config(model_config(config, tokenizer))
     prompts = load_prompts(config, tokenizer)
 
+    import memory
     from trainers import build_trainer
 
     set_budget(config, sum(p.numel() for p in shape.parameters()))
@@ -181,6 +182,7 @@ def train(config: ExperimentConfig, stage, record: dict) -> None:
     summary["rss_start_bytes"] = status_kib("VmRSS") * 1024
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    products = memory.ProductFlops()
     try:
         if meter is None:
             trainer.train()
@@ -188,7 +190,7 @@ def train(config: ExperimentConfig, stage, record: dict) -> None:
             for model in filter(None, (policy, ref_policy)):
                 meter.track(model.parameters())
                 meter.track(model.buffers())
-            with meter:
+            with meter, products if config.memory is not None else contextlib.nullcontext():
                 trainer.train()
     finally:
         watch.enter("other")
@@ -209,7 +211,7 @@ def train(config: ExperimentConfig, stage, record: dict) -> None:
         if torch.cuda.is_available():
             summary["cuda_peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
             summary["cuda_peak_reserved_bytes"] = torch.cuda.max_memory_reserved()
-        record["memory"] = memory.record_of(getattr(trainer, "memory_choice", None), trainer)
+        record["memory"] = memory.record_of(getattr(trainer, "memory_choice", None), trainer, products)
         expected = [tokenizer(prompt)["input_ids"] for prompt in prompts]
         record["tokens"] = {
             "prompt_tokens_per_row": [len(ids) for ids in watch.prompts],
@@ -243,8 +245,10 @@ def main(argv: list[str]) -> int:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     path = Path(config.record or HERE.parent / f"results/runs/local/{config.workload}/{config.run_name}.json")
-    if memory.rank():  # every process writes what it held; the first one's is the run's record
-        path = path.with_suffix(f".rank{memory.rank()}.json")
+    if rank := int(
+        os.environ.get("RANK", 0)
+    ):  # every process writes what it held; the first one's is the run's record
+        path = path.with_suffix(f".rank{rank}.json")
     record = {
         "schema": 1,
         "run": f"{config.workload}/{path.stem}",
