@@ -66,6 +66,10 @@ class ExperimentConfig:
     def __post_init__(self):
         if isinstance(self.memory, str):
             self.memory = json.loads(self.memory)
+        if self.memory is not None:
+            from lowmem.memory_strategy import parse_memory_settings
+
+            parse_memory_settings(self.memory)
         if self.rloo_k < 2:
             raise ValueError(f"rloo_k is {self.rloo_k}; the leave-one-out baseline needs at least 2 completions")
         for name in ("steps", "prompts_per_step", "prompt_tokens", "response_tokens", "epochs_per_batch"):

@@ -16,8 +16,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from memory_monitor import run_monitored  # noqa: E402
 from run_matrix import MALLOC  # noqa: E402
+
+from memory_monitor import run_monitored  # noqa: E402
 
 CONFIGS = Path("experiments/configs/memory")
 OFFLOAD = {"grad_offload": True, "zero2_gradient_sharding": True}

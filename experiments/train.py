@@ -245,9 +245,7 @@ def main(argv: list[str]) -> int:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     path = Path(config.record or HERE.parent / f"results/runs/local/{config.workload}/{config.run_name}.json")
-    if rank := int(
-        os.environ.get("RANK", 0)
-    ):  # every process writes what it held; the first one's is the run's record
+    if rank := int(os.environ.get("RANK", 0)):  # every process writes what it held; the run's record is the first's
         path = path.with_suffix(f".rank{rank}.json")
     record = {
         "schema": 1,
