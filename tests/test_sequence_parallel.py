@@ -59,7 +59,7 @@ def use_float64() -> None:
     def angles(self, x, position_ids):
         freqs = position_ids[:, :, None].double() * self.inv_freq.double()
         freqs = torch.cat([freqs, freqs], -1)
-        return freqs.cos(), freqs.sin()
+        return freqs.cos().to(x.dtype), freqs.sin().to(x.dtype)
 
     modeling_qwen3.Qwen3RMSNorm.forward = modeling_llama.LlamaRMSNorm.forward = rms_norm
     modeling_qwen3.Qwen3RotaryEmbedding.forward = modeling_llama.LlamaRotaryEmbedding.forward = angles
