@@ -115,6 +115,35 @@ def test_committed_configurations_start(path, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_nodes_train_as_one_world(tmp_path):
+    """Two torchrun agents with an address and a node rank each, as two machines would start them; here both are this."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = ROOT / "experiments/configs/memory/four_processes_both.yaml"
+    section = yaml.safe_load(config.read_text())["memory"] | {"num_processes": 2}
+    agents = []
+    for node in range(2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+        command += [f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+        command += ["experiments/train.py", "--config", str(config), *TINY, f"--record={tmp_path / 'record.json'}"]
+        command += ["--memory", json.dumps(section)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        agents.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
+    try:
+        said = [agent.communicate(timeout=240)[1] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    for name in ("record.json", "record.rank1.json"):
+        run = json.loads((tmp_path / name).read_text())["memory"]
+        assert run["num_processes"] == 2 and "sequence_parallelism 2" in run["strategies"]
+
+
+@pytest.mark.slow
 def test_accelerate_that_starts_one_process_is_found_out(tmp_path):
     record = tmp_path / "record.json"
     config = ROOT / "experiments/configs/memory/two_processes_short.yaml"
