@@ -116,7 +116,7 @@ def test_committed_configurations_start(path, tmp_path):
 
 @pytest.mark.slow
 def test_two_nodes_train_as_one_world(tmp_path):
-    """Two torchrun agents with an address and a node rank each, as two machines would start them; here both are this."""
+    """Two torchrun agents with an address and a node rank each, as two machines would start them."""
     import socket
 
     with socket.socket() as free:
