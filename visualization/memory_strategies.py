@@ -30,12 +30,12 @@ STRATEGIES = {
     "split-zero2": ("split sequences and ZeRO-2", "#D55E00", "D"),
 }
 NOTES = """
-- Live bytes of one process, the largest of the processes: tensors that the host keeps by design are in them, because a
-  CPU is both. "Kept on the host" (gradient part, float32 weights, AdamW's moments) is what an accelerator would not
-  hold, and "device" is the peak of training without it.
+- Peaks: live bytes of one process, the largest of the processes, in MiB. On a CPU they hold what an offloading engine
+  keeps on the host as well, and DeepSpeed's flat buffers.
+- Gradients, AdamW: bytes that stay in one process; with ZeRO-2 they are on the host.
+- Activations: the peak of training above what is live between training steps.
 - Work: floating-point operations of matrix products of all processes together, rollout included, against the run with
-  no strategy. Attention calls: of one process, in all steps. Split sequences run the whole causal attention on a CPU
-  for every part, so their products grow there; the accelerator's operator does not.
+  no strategy. Attention calls: of one process, in all steps; those of a recomputation are among them.
 - Time is not compared: the processes share two cores.
 """
 
@@ -63,94 +63,99 @@ def read_runs(folder: Path) -> dict[str, list[dict]]:
     return runs
 
 
-def bytes_on_host(record: dict) -> int:
-    parts = record["memory"]["zero2_bytes"]
-    return 0 if parts is None else parts["gradient_bytes"] + parts["master_bytes"] + parts["optimizer_bytes"]
+def activation_bytes(record: dict) -> int:
+    """The peak of training above what is live between training steps."""
+    peaks = record["summary"]["live_peak_bytes_by_phase"]
+    return max(peaks["train_forward"], peaks["train_backward"]) - peaks["other"]
 
 
 def table(runs: dict[str, list[dict]]) -> pd.DataFrame:
+    """One row per run, sizes in MiB.
+
+    Raises:
+        ValueError: if the run that work is compared with, or one that knows the size of the gradients, is missing.
+    """
+    parts = {name: [record["memory"]["zero2_bytes"] for record in records] for name, records in runs.items()}
+    full = [part["full_gradient_bytes"] for part in sum(parts.values(), []) if part]
+    if "none_1" not in runs or not full:
+        raise ValueError("the table needs the run none_1, and one with ZeRO-2")
+    work = sum(record["memory"]["product_flops"] for record in runs["none_1"])
     rows = []
-    work = sum(record["memory"]["product_flops"] for record in runs["none_1"]) if "none_1" in runs else None
     for name, records in runs.items():
         strategy, _, processes = name.rpartition("_")
         row = {"strategy": STRATEGIES[strategy][0], "processes": int(processes)}
         for phase in PHASES:
             peaks = [record["summary"]["live_peak_bytes_by_phase"].get(phase, 0) for record in records]
-            row[f"{phase.replace('optimizer', 'step')}_mib"] = max(peaks) / MIB
-        row["kept_on_host_mib"] = max(map(bytes_on_host, records)) / MIB
-        training = (max(r["summary"]["live_peak_bytes_by_phase"].get(p, 0) for p in PHASES[2:]) for r in records)
-        row["device_mib"] = max(peak - bytes_on_host(r) for peak, r in zip(training, records)) / MIB
-        parts = [record["memory"]["zero2_bytes"] for record in records]
-        row["gradient_mib"] = None if parts[0] is None else max(p["gradient_bytes"] for p in parts) / MIB
-        row["optimizer_mib"] = None if parts[0] is None else max(p["optimizer_bytes"] for p in parts) / MIB
-        total = sum(record["memory"]["product_flops"] for record in records)
-        row["work"] = None if work is None else total / work
+            row[phase] = max(peaks) / MIB
+        sharded = parts[name][0] is not None
+        row["gradients"] = (max(p["gradient_bytes"] for p in parts[name]) if sharded else full[0]) / MIB
+        row["adamw"] = (max(p["optimizer_bytes"] for p in parts[name]) if sharded else 2 * full[0]) / MIB
+        row["activations"] = max(map(activation_bytes, records)) / MIB
+        row["work"] = sum(record["memory"]["product_flops"] for record in records) / work
         row["attention_calls"] = max(record["memory"]["attention_calls"] for record in records)
         row["place"] = (row["processes"], list(STRATEGIES).index(strategy))
         rows.append(row)
-    frame = pd.DataFrame(rows).sort_values("place").drop(columns="place")
-    return frame.reset_index(drop=True)
+    return pd.DataFrame(rows).sort_values("place").drop(columns="place").reset_index(drop=True)
 
 
 def markdown(frame: pd.DataFrame, runs: dict[str, list[dict]]) -> str:
     records = [record for records in runs.values() for record in records]
-    tokens = records[0]["tokens"]
-    config = records[0]["config"]
+    tokens, config = records[0]["tokens"], records[0]["config"]
     lines = [
         "# Memory strategies",
         "",
-        f"{config['prompt_tokens']} + {max(tokens['completion_tokens_per_row'])} tokens per row, "
-        f"{tokens['rows_per_step']} rows per step, {config['rows_per_micro_batch']} at once; peaks in MiB by phase.",
+        f"{config['prompt_tokens']} + {max(tokens['completion_tokens_per_row'])} tokens per row, {config['rloo_k']} "
+        f"rows per step, {config['rows_per_micro_batch']} at once.",
         style.provenance(records),
         "",
-        "| processes | strategy | generate | train forward | train backward | optimizer | kept on the host | device | "
-        "gradients, AdamW | work | attention calls |",
+        "| processes | strategy | peak: generate | train forward | train backward | optimizer | gradients | AdamW | "
+        "activations | work | attention calls |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in frame.itertuples():
-        peaks = [row.generate_mib, row.train_forward_mib, row.train_backward_mib, row.step_mib]
-        cells = [f"{peak:,.0f}" for peak in (*peaks, row.kept_on_host_mib, row.device_mib)]
-        parts = "–" if pd.isna(row.gradient_mib) else f"{row.gradient_mib:,.1f}, {row.optimizer_mib:,.1f}"
-        work = "–" if pd.isna(row.work) else f"{row.work:.2f}"
-        cells = [str(row.processes), row.strategy, *cells, parts, work, str(row.attention_calls)]
-        lines.append(f"| {' | '.join(cells)} |")
+        sizes = (row.generate, row.train_forward, row.train_backward, row.optimizer, row.gradients, row.adamw)
+        cells = [f"{size:,.0f}" for size in (*sizes, row.activations)]
+        lines.append(
+            f"| {row.processes} | {row.strategy} | {' | '.join(cells)} | {row.work:.2f} | {row.attention_calls} |"
+        )
     return "\n".join(lines) + "\n" + NOTES
 
 
 def chart(runs: dict[str, list[dict]]):
-    """Peak of training of one process, what the host keeps left out, against the number of processes."""
+    """What stays in a process and what training adds, against the number of processes."""
     records = [record for records in runs.values() for record in records]
-    note = (
-        "Peak live bytes of training in one process, without what ZeRO-2 keeps on the host; one row per micro-batch. "
-        "Dotted: 1/N of the first point. Parameters (218 MiB) stay whole in every process."
-    )
-    figure = style.headed_figure("What a process holds, by strategy and number of processes", records, 5.2, note)
-    axes = figure.add_subplot()
+    note = "Live bytes of one process; one row of every pool of processes at once. Dotted: 1/N of the first point."
+    figure = style.headed_figure("What one process holds, against the number of processes", records, 4.6, note)
     frame = table(runs)
-    words = {"DDP": "DDP", "no strategy": "DDP"}
-    frame["line"] = frame["strategy"].map(lambda name: words.get(name, name))
-    for name, colour, marker in STRATEGIES.values():
-        line = frame[frame["line"] == name].sort_values("processes")
-        if colour is None or line.empty:
-            continue
-        axes.plot(line["processes"], line["device_mib"], color=colour, marker=marker, linewidth=2, label=name)
-        for point in line.itertuples():
-            axes.annotate(
-                f"{point.device_mib:,.0f}",
-                (point.processes, point.device_mib),
-                textcoords="offset points",
-                xytext=(0, 7),
-                ha="center",
-                fontsize=style.SMALL_PT,
-                color=colour,
-                path_effects=style.HALO,
-            )
-    axes.set_xticks(sorted(frame["processes"].unique()))
-    axes.set_xlabel("processes N")
-    axes.set_ylabel("MiB per process")
-    axes.set_ylim(0)
-    axes.grid(axis="y")
-    axes.legend(loc="upper right")
+    frame["strategy"] = frame["strategy"].replace(STRATEGIES["none"][0], STRATEGIES["ddp"][0])
+    frame["states"] = frame["gradients"] + frame["adamw"]
+    panels = (
+        ("states", "gradients and AdamW's state", ("ddp", "zero2")),
+        ("activations", "activations at the peak of training", ("ddp", "split")),
+    )
+    for axes, (column, title, names) in zip(figure.subplots(1, 2), panels, strict=True):
+        for name in names:
+            words, colour, marker = STRATEGIES[name]
+            line = frame[frame["strategy"].isin([words] + [STRATEGIES["ddp"][0]] * (name == "split"))]
+            line = line[(line["strategy"] == words) | (line["processes"] == 1)].sort_values("processes")
+            axes.plot(line["processes"], line[column], color=colour, marker=marker, linewidth=2, label=words)
+            if name != "ddp":
+                first = line.iloc[0]
+                shares = [first[column] * first["processes"] / n for n in line["processes"]]
+                axes.plot(line["processes"], shares, color=style.MUTED, linestyle=":", linewidth=1, zorder=1)
+            for point in line.itertuples():
+                if name == "ddp" or point.processes > 1:
+                    at = (point.processes, getattr(point, column))
+                    look = {"textcoords": "offset points", "xytext": (0, 7), "ha": "center", "color": colour}
+                    text = f"{getattr(point, column):,.0f}"
+                    axes.annotate(text, at, **look, fontsize=style.SMALL_PT, path_effects=style.HALO)
+        axes.set_title(title)
+        axes.set_xticks(sorted(frame["processes"].unique()))
+        axes.set_xlabel("processes N")
+        axes.set_ylabel("MiB per process")
+        axes.set_ylim(0, 1.18 * frame[column].max())
+        axes.grid(axis="y")
+        axes.legend(loc="lower left")
     return figure
 
 
