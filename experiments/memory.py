@@ -7,7 +7,9 @@
 See docs/memory_strategies.md for the names. A run without the section does what it did before there was one.
 """
 
+import importlib.util
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from config import GIB, ExperimentConfig
 
 if TYPE_CHECKING:  # imported where it is used: a run's record lists the library files that the run imported
-    from lowmem.memory_strategy import MemoryChoice
+    from lowmem.memory_strategy import MemoryChoice, MemorySettings
 
 
 def num_processes() -> int:
@@ -49,13 +51,70 @@ def decide(config: ExperimentConfig, stage) -> "MemoryChoice | None":
         num_processes(),
         config.prompt_tokens + config.response_tokens,
         budget_bytes=None if config.budget_gib is None else int(config.budget_gib * GIB),
+        predict=planned_peak(config),
         has_accelerator=torch.accelerator.is_available(),
     )
     if choice.settings.gradient_checkpointing_ratio == 0 and config.gradient_checkpointing:
         if settings.gradient_checkpointing_ratio == 0:
             raise MemorySettingsError("gradient_checkpointing is true and memory.gradient_checkpointing_ratio is 0")
-    print(choice if rank() == 0 else "", flush=True)
+    if rank() == 0:
+        print(choice, flush=True)
     return choice
+
+
+# Of what recomputing whole layers saves, selective recomputation saves this share (results/memory_strategies.md).
+SELECTIVE_SHARE = 0.8
+
+
+def planned_peak(config: ExperimentConfig) -> "Callable[[MemorySettings], int] | None":
+    """Peak bytes of one process under settings by the planner, or None where the library has no planner.
+
+    The planner runs the step without recomputation and with, whole and offloaded. Between them the peak is linear in
+    the recomputed layers, and activations (what is above weights, gradients and AdamW's state) are divided by the sequence peers.
+    """
+    if importlib.util.find_spec("lowmem.plan_step") is None:
+        return None
+    import dataclasses
+
+    from lowmem.plan_config import PlanConfig, from_training_file
+    from lowmem.plan_step import simulate
+
+    known = dataclasses.asdict(config)
+    names = known.keys() - {"memory", "variant", "gradient_checkpointing", "rows_per_micro_batch", "rows_per_rollout"}
+    shape = from_training_file({name: known[name] for name in names})
+    shape |= {"shared_prefix": config.variant.startswith("shared-prefix"), "lm_head": "completion"}
+    peaks: dict[tuple, tuple[int, int]] = {}
+
+    def simulated(recompute: bool, offload: bool, rows: int) -> tuple[int, int]:
+        """Bytes of one process: the peak, and of it what sequence peers do not divide (weights, gradients, AdamW)."""
+        key = (recompute, offload, rows)
+        if key not in peaks:
+            extra = {"ranks": num_processes(), "shard": "gradients"} if offload and num_processes() > 1 else {}
+            plan = PlanConfig(
+                **shape,
+                **extra,
+                gradient_checkpointing=recompute,
+                offload_optimizer=offload,
+                rows_per_micro_batch=rows,
+                rows_per_rollout=max(1, config.rows_per_step // num_processes()),
+            )
+            step = simulate(plan, cuda=torch.cuda.is_available())
+            width = getattr(torch, config.dtype).itemsize
+            peaks[key] = step.peak_bytes, width * (step.parameters + (0 if offload else 3 * step.trainable))
+        return peaks[key]
+
+    def predict(settings: "MemorySettings") -> int:
+        size = settings.sequence_parallel_size(num_processes())
+        pools = num_processes() // size
+        rows = min(config.rows_per_micro_batch or config.rows_per_step, config.rows_per_step // pools)
+        kept, states = simulated(False, settings.uses_deepspeed, rows)
+        ratio = settings.gradient_checkpointing_ratio or 0.0
+        if ratio:
+            recomputed, _ = simulated(True, settings.uses_deepspeed, rows)
+            kept -= int(ratio * (SELECTIVE_SHARE if settings.selective_checkpointing else 1.0) * (kept - recomputed))
+        return states + max(0, kept - states) // size
+
+    return predict
 
 
 def rloo_arguments(config: ExperimentConfig, choice: "MemoryChoice | None") -> dict:
