@@ -69,8 +69,8 @@ SELECTIVE_SHARE = 0.8
 def planned_peak(config: ExperimentConfig) -> "Callable[[MemorySettings], int] | None":
     """Peak bytes of one process under settings by the planner, or None where the library has no planner.
 
-    The planner runs the step without recomputation and with, whole and offloaded. Between them the peak is linear in
-    the recomputed layers, and activations (what is above weights, gradients and AdamW's state) are divided by the sequence peers.
+    The planner runs the step without recomputation and with. Between them the peak is linear in the recomputed
+    layers; sequence peers divide what is above weights, gradients and AdamW's state.
     """
     if importlib.util.find_spec("lowmem.plan_step") is None:
         return None
