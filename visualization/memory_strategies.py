@@ -33,7 +33,8 @@ NOTES = """
 - Peaks: live bytes of one process, the largest of the processes, in MiB. On a CPU they hold what an offloading engine
   keeps on the host as well, and DeepSpeed's flat buffers.
 - Gradients, AdamW: bytes that stay in one process; with ZeRO-2 they are on the host.
-- Activations: the peak of training above what is live between training steps.
+- Activations: what the forward of training adds to what is live between training steps. On a CPU a split attention
+  pads the queries of the last process, which an accelerator does not; gathered keys and values are in it.
 - Work: floating-point operations of matrix products of all processes together, rollout included, against the run with
   no strategy. Attention calls: of one process, in all steps; those of a recomputation are among them.
 - Time is not compared: the processes share two cores.
@@ -64,9 +65,9 @@ def read_runs(folder: Path) -> dict[str, list[dict]]:
 
 
 def activation_bytes(record: dict) -> int:
-    """The peak of training above what is live between training steps."""
+    """What the forward of training adds to what is live between training steps."""
     peaks = record["summary"]["live_peak_bytes_by_phase"]
-    return max(peaks["train_forward"], peaks["train_backward"]) - peaks["other"]
+    return peaks["train_forward"] - peaks["other"]
 
 
 def table(runs: dict[str, list[dict]]) -> pd.DataFrame:
@@ -131,7 +132,7 @@ def chart(runs: dict[str, list[dict]]):
     frame["states"] = frame["gradients"] + frame["adamw"]
     panels = (
         ("states", "gradients and AdamW's state", ("ddp", "zero2")),
-        ("activations", "activations at the peak of training", ("ddp", "split")),
+        ("activations", "activations of the training forward", ("ddp", "split")),
     )
     for axes, (column, title, names) in zip(figure.subplots(1, 2), panels, strict=True):
         for name in names:
