@@ -1,6 +1,7 @@
 """Builds the RLOO trainer of each fork tree from one `ExperimentConfig`. Import after `variants.activate`."""
 
 import copy
+import functools
 import tempfile
 
 import torch
@@ -48,12 +49,10 @@ def training_arguments(config: ExperimentConfig) -> dict:
     )
 
 
-def build_v020(config: ExperimentConfig, tokenizer, prompts: list[str], stage, callbacks: list):
+def build_v020(config: ExperimentConfig, tokenizer, prompts: list[str], stage_name: str, callbacks: list):
     """`(trainer, policy, ref_policy)` on v0.20.0; from the first patch on, prompts stay text."""
     from trl import RLOOConfig, RLOOTrainer
 
-    memory.decide(config, stage)  # refuses: this tree has no strategies
-    stage_name = stage.name
     stage = int(stage_name) if stage_name.isdigit() else 0
     reward = load_reward(config.reward)
 
@@ -105,15 +104,21 @@ def build_v020(config: ExperimentConfig, tokenizer, prompts: list[str], stage, c
 
 
 def build_v116(
-    config: ExperimentConfig, tokenizer, prompts: list[str], stage_name: str, callbacks: list, algorithm: str = "RLOO"
+    config: ExperimentConfig,
+    tokenizer,
+    prompts: list[str],
+    stage_name: str,
+    callbacks: list,
+    algorithm: str = "RLOO",
+    choice=None,
 ):
-    """`(trainer, policy, ref_policy)` on v1.16.0; `algorithm` is RLOO or GRPO."""
+    """`(trainer, policy, ref_policy)` on v1.16.0; `algorithm` is RLOO or GRPO, `choice` a `memory.decide`."""
     import trl
 
     reward = load_reward(config.reward)
     policy = load_policy(config, tokenizer)
     args = getattr(trl, f"{algorithm}Config")(
-        **training_arguments(config),
+        **(training_arguments(config) | memory.rloo_arguments(config, choice)),
         num_generations=config.rloo_k,
         max_completion_length=config.response_tokens,
         num_iterations=config.epochs_per_batch,
@@ -136,5 +141,6 @@ def build_v116(
 
 def build_trainer(config: ExperimentConfig, stage, tokenizer, prompts: list[str], callbacks: list):
     set_seed(config.seed)  # v0.20.0 shuffles its mini-batches with numpy's generator and seeds only torch's
-    build = {"v0.20.0": build_v020, "v1.16.0": build_v116}[stage.pin]
-    return build(config, tokenizer, prompts, stage, callbacks)
+    choice = memory.decide(config, stage)
+    build = {"v0.20.0": build_v020, "v1.16.0": functools.partial(build_v116, choice=choice)}[stage.pin]
+    return build(config, tokenizer, prompts, stage.name, callbacks)
