@@ -174,7 +174,7 @@ def make_completions(trainer, longest: int) -> None:
 
     calls = {True: 0, False: 0}
 
-    def generate(prompt_ids, images, multimodal_fields):
+    def generate(prompt_ids, *_, **__):
         is_training = trainer.model.training
         first_row = trainer.accelerator.process_index * len(prompt_ids)
         completions = []
