@@ -64,10 +64,15 @@ def read_runs(folder: Path) -> dict[str, list[dict]]:
     return runs
 
 
-def activation_bytes(record: dict) -> int:
-    """What the forward of training adds to what is live between training steps."""
-    peaks = record["summary"]["live_peak_bytes_by_phase"]
-    return peaks["train_forward"] - peaks["other"]
+def activation_bytes(record: dict, full_gradient_bytes: int) -> int:
+    """What the forward of training adds to what is live when it begins."""
+    peaks, config, memory = record["summary"]["live_peak_bytes_by_phase"], record["config"], record["memory"]
+    before = peaks["other"]
+    pools = memory["num_processes"] // int(memory["settings"]["sequence_parallelism"] or 1)
+    rows = config["rloo_k"] * config["prompts_per_step"] // pools
+    if rows == config["rows_per_micro_batch"] and memory["zero2_bytes"] is None:
+        before -= full_gradient_bytes  # without accumulation there are none yet
+    return peaks["train_forward"] - before
 
 
 def table(runs: dict[str, list[dict]]) -> pd.DataFrame:
@@ -91,7 +96,7 @@ def table(runs: dict[str, list[dict]]) -> pd.DataFrame:
         sharded = parts[name][0] is not None
         row["gradients"] = (max(p["gradient_bytes"] for p in parts[name]) if sharded else full[0]) / MIB
         row["adamw"] = (max(p["optimizer_bytes"] for p in parts[name]) if sharded else 2 * full[0]) / MIB
-        row["activations"] = max(map(activation_bytes, records)) / MIB
+        row["activations"] = max(activation_bytes(record, full[0]) for record in records) / MIB
         row["work"] = sum(record["memory"]["product_flops"] for record in records) / work
         row["attention_calls"] = max(record["memory"]["attention_calls"] for record in records)
         row["place"] = (row["processes"], list(STRATEGIES).index(strategy))
