@@ -64,7 +64,7 @@ def assert_same_training(ours, reference, tolerance=1e-5):
     """Gradient norms before the weights: Adam and clipping hide gradients that are wrong by a factor."""
     for name in ("grad_norm", "reward", "entropy"):
         found, expected = ([log[name] for log in run["log"] if name in log] for run in (ours, reference))
-        assert len(found) == len(expected) >= 3
+        assert len(found) == len(expected) >= (4 if name == "grad_norm" else 2)  # one reward per generation
         torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=tolerance, atol=tolerance)
     assert largest_difference(ours["weights"], reference["weights"]) < tolerance
 
