@@ -231,16 +231,27 @@ def main(out: str, what: str) -> None:
 # --- tests -----------------------------------------------------------------------------------------------------------
 
 
-def run(tmp_path, what: str, processes: int) -> list[dict]:
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """`run(what, processes)` -> results of every rank; every distinct call runs once."""
     from torchrun import launch
 
-    launch("tests/test_sequence_parallel.py", f"{tmp_path}/", what, processes=processes, timeout_s=240)
-    return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(processes)]
+    cache: dict[tuple, list[dict]] = {}
+
+    def run(what: str, processes: int) -> list[dict]:
+        if (what, processes) not in cache:
+            folder = tmp_path_factory.mktemp("split")
+            launch("tests/test_sequence_parallel.py", f"{folder}/", what, processes=processes, timeout_s=240)
+            results = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
+            cache[what, processes] = results
+        return cache[what, processes]
+
+    return run
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_split_sequences_match_one_process(tmp_path, processes):
-    for result in run(tmp_path, "compare", processes):
+def test_split_sequences_match_one_process(run, processes):
+    for result in run("compare", processes):
         compared = {name: errors for name, errors in result.items() if " dp" in name}
         assert len(compared) == (6 if processes == 2 else 12)
         for name, errors in compared.items():
@@ -255,8 +266,8 @@ def test_split_sequences_match_one_process(tmp_path, processes):
         assert "hold different rows" in result["check rows"]
 
 
-def test_rows_are_exchanged_in_the_order_of_the_ranks(tmp_path):
-    first, second = run(tmp_path, "compare", 2)
+def test_rows_are_exchanged_in_the_order_of_the_ranks(run):
+    first, second = run("compare", 2)
     assert first["exchanged"] == second["exchanged"]
     assert first["exchanged"]["prompt_ids"] == [[1, 5, 5], [6, 6, 6]]
     assert first["exchanged"]["completion_ids"] == [[8, 8, 8], [8, 8, 1]]
@@ -266,8 +277,8 @@ def test_rows_are_exchanged_in_the_order_of_the_ranks(tmp_path):
 
 
 @pytest.mark.slow
-def test_activation_bytes_fall_with_the_number_of_peers(tmp_path):
-    results = run(tmp_path, "bytes", 4)
+def test_activation_bytes_fall_with_the_number_of_peers(run):
+    results = run("bytes", 4)
     for result in results:
         for checkpointing in ("none", "selective", "full"):
             whole = result[f"{checkpointing} 1"]
