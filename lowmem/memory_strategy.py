@@ -260,8 +260,8 @@ def _with(given: MemorySettings, chosen: dict) -> MemorySettings:
 def candidates(given: MemorySettings, num_processes: int, *, has_accelerator: bool = True) -> Iterator[MemorySettings]:
     """Combinations that agree with `given`, the cheapest first.
 
-    The order is that of the cost: recomputing MLPs (about a tenth of a step's matrix products), whole layers (about a
-    quarter), then moving gradients and AdamW to the host, then splitting sequences, which communicates in every layer.
+    The order is that of the cost: recomputing MLPs (a sixth more matrix products), whole layers (a quarter more), then
+    moving gradients and AdamW to the host, then splitting sequences, which communicates in every layer.
     """
     recompute = [(0.0, False), (0.5, True), (1.0, True), (1.0, False)]
     sharding = [{}, {"grad_offload": True} | ({"zero2_gradient_sharding": True} if num_processes > 1 else {})]
