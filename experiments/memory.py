@@ -62,7 +62,7 @@ def decide(config: ExperimentConfig, stage) -> "MemoryChoice | None":
     return choice
 
 
-# Of what recomputing whole layers saves, selective recomputation saves this share (0.84 in results/memory_recompute.md).
+# Of what recomputing whole layers saves, keeping the attention saves this share; 0.84 in results/memory_recompute.md
 SELECTIVE_SHARE = 0.8
 
 
