@@ -116,7 +116,7 @@ def test_committed_configurations_start(path, tmp_path):
 
 @pytest.mark.slow
 def test_two_nodes_train_as_one_world(tmp_path):
-    """Two torchrun agents with an address and a node rank each, as two machines would start them."""
+    """Two torchruns with an address and a node rank each, as two machines would start them."""
     import socket
 
     with socket.socket() as free:
@@ -124,20 +124,20 @@ def test_two_nodes_train_as_one_world(tmp_path):
         port = free.getsockname()[1]
     config = ROOT / "experiments/configs/memory/four_processes_both.yaml"
     section = yaml.safe_load(config.read_text())["memory"] | {"num_processes": 2}
-    agents = []
+    launchers = []
     for node in range(2):
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
         command += [f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}"]
         command += ["experiments/train.py", "--config", str(config), *TINY, f"--record={tmp_path / 'record.json'}"]
         command += ["--memory", json.dumps(section)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        agents.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
+        launchers.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
     try:
-        said = [agent.communicate(timeout=240)[1] for agent in agents]
+        said = [launcher.communicate(timeout=240)[1] for launcher in launchers]
     finally:
-        for agent in agents:
-            agent.kill()
-    assert [agent.returncode for agent in agents] == [0, 0], said
+        for launcher in launchers:
+            launcher.kill()
+    assert [launcher.returncode for launcher in launchers] == [0, 0], said
     for name in ("record.json", "record.rank1.json"):
         run = json.loads((tmp_path / name).read_text())["memory"]
         assert run["num_processes"] == 2 and "sequence_parallelism 2" in run["strategies"]
