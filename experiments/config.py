@@ -1,5 +1,6 @@
 """The settings of one run, from YAML (`--config`) and the command line. One flat dataclass."""
 
+import json
 import warnings
 from dataclasses import dataclass, field
 from typing import Optional
@@ -58,10 +59,17 @@ class ExperimentConfig:
     rows_per_forward: int = _setting(1, "string-level, shared-prefix: rows that a forward holds at once")
     seed: int = _setting(0, "of data order and sampling")
 
+    memory: Optional[dict | str] = _setting(None, "memory strategies, see docs/memory_strategies.md; as JSON")
     budget_gib: Optional[float] = _setting(None, "memory that the run may use, GiB; an out-of-memory is recorded")
     count_live_bytes: bool = _setting(True, "count live tensor bytes (a little slower); false for timing")
 
     def __post_init__(self):
+        if isinstance(self.memory, str):
+            self.memory = json.loads(self.memory)
+        if self.memory is not None:
+            from lowmem.memory_strategy import parse_memory_settings
+
+            parse_memory_settings(self.memory)
         if self.rloo_k < 2:
             raise ValueError(f"rloo_k is {self.rloo_k}; the leave-one-out baseline needs at least 2 completions")
         for name in ("steps", "prompts_per_step", "prompt_tokens", "response_tokens", "epochs_per_batch"):

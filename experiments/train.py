@@ -7,8 +7,10 @@ shell scripts do) to have resident and device memory sampled from outside as wel
 settings, 3 out of memory.
 """
 
+import contextlib
 import datetime
 import json
+import math
 import os
 import platform
 import resource
@@ -166,6 +168,7 @@ def train(config: ExperimentConfig, stage, record: dict) -> None:
         shape = AutoModelForCausalLM.from_config(model_config(config, tokenizer))
     prompts = load_prompts(config, tokenizer)
 
+    import memory
     from trainers import build_trainer
 
     set_budget(config, sum(p.numel() for p in shape.parameters()))
@@ -173,11 +176,13 @@ def train(config: ExperimentConfig, stage, record: dict) -> None:
     meter = LiveBytes() if config.count_live_bytes else None
     watch = RunWatch(config.steps, meter, tokenizer.pad_token_id)
     trainer, policy, ref_policy = build_trainer(config, stage, tokenizer, prompts, [watch])
+    processes = trainer.accelerator.num_processes
     watch.watch(policy, ref_policy, trainer.accelerator)
     summary = record["summary"]
     summary["rss_start_bytes"] = status_kib("VmRSS") * 1024
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    products = memory.ProductFlops()
     try:
         if meter is None:
             trainer.train()
@@ -185,7 +190,7 @@ def train(config: ExperimentConfig, stage, record: dict) -> None:
             for model in filter(None, (policy, ref_policy)):
                 meter.track(model.parameters())
                 meter.track(model.buffers())
-            with meter:
+            with meter, products if config.memory is not None else contextlib.nullcontext():
                 trainer.train()
     finally:
         watch.enter("other")
@@ -206,13 +211,18 @@ def train(config: ExperimentConfig, stage, record: dict) -> None:
         if torch.cuda.is_available():
             summary["cuda_peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
             summary["cuda_peak_reserved_bytes"] = torch.cuda.max_memory_reserved()
+        record["memory"] = memory.record_of(getattr(trainer, "memory_choice", None), trainer, products)
         expected = [tokenizer(prompt)["input_ids"] for prompt in prompts]
         record["tokens"] = {
             "prompt_tokens_per_row": [len(ids) for ids in watch.prompts],
             "completion_tokens_per_row": [len(ids) for ids in watch.completions],
             "rows_per_step": config.rows_per_step,
             **check_prompts(
-                watch.all_prompts, expected, config.rows_per_step, config.rloo_k, tiled=stage.pin == "v0.20.0"
+                watch.all_prompts,
+                expected,
+                config.rows_per_step // processes,  # those of this process; a group may lie on several
+                math.gcd(config.rloo_k, config.rows_per_step // processes),
+                tiled=stage.pin == "v0.20.0",
             ),
         }
     tokens = record["tokens"]
@@ -235,6 +245,8 @@ def main(argv: list[str]) -> int:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     path = Path(config.record or HERE.parent / f"results/runs/local/{config.workload}/{config.run_name}.json")
+    if rank := int(os.environ.get("RANK", 0)):  # every process writes what it held; the run's record is the first's
+        path = path.with_suffix(f".rank{rank}.json")
     record = {
         "schema": 1,
         "run": f"{config.workload}/{path.stem}",

@@ -1,11 +1,13 @@
 """Builds the RLOO trainer of each fork tree from one `ExperimentConfig`. Import after `variants.activate`."""
 
 import copy
+import functools
 import tempfile
 
 import torch
 from transformers import AutoModelForCausalLM, set_seed
 
+import memory
 from config import ExperimentConfig
 from data import as_dataset, model_path
 from rewards import load_reward
@@ -102,15 +104,21 @@ def build_v020(config: ExperimentConfig, tokenizer, prompts: list[str], stage_na
 
 
 def build_v116(
-    config: ExperimentConfig, tokenizer, prompts: list[str], stage_name: str, callbacks: list, algorithm: str = "RLOO"
+    config: ExperimentConfig,
+    tokenizer,
+    prompts: list[str],
+    stage_name: str,
+    callbacks: list,
+    algorithm: str = "RLOO",
+    choice=None,
 ):
-    """`(trainer, policy, ref_policy)` on v1.16.0; `algorithm` is RLOO or GRPO."""
+    """`(trainer, policy, ref_policy)` on v1.16.0; `algorithm` is RLOO or GRPO, `choice` a `memory.decide`."""
     import trl
 
     reward = load_reward(config.reward)
     policy = load_policy(config, tokenizer)
     args = getattr(trl, f"{algorithm}Config")(
-        **training_arguments(config),
+        **(training_arguments(config) | memory.rloo_arguments(config, choice)),
         num_generations=config.rloo_k,
         max_completion_length=config.response_tokens,
         num_iterations=config.epochs_per_batch,
@@ -125,12 +133,14 @@ def build_v116(
         train_dataset=as_dataset(prompts, tokenizer, as_text=True),
         processing_class=tokenizer,
         peft_config=lora_config(config) if config.lora_rank else None,
-        callbacks=callbacks,
+        callbacks=[*callbacks, *memory.callbacks(choice)],
     )
+    trainer.memory_choice = choice
     return trainer, trainer.model, trainer.ref_model  # with adapters, the trainer wraps the model
 
 
 def build_trainer(config: ExperimentConfig, stage, tokenizer, prompts: list[str], callbacks: list):
     set_seed(config.seed)  # v0.20.0 shuffles its mini-batches with numpy's generator and seeds only torch's
-    build = {"v0.20.0": build_v020, "v1.16.0": build_v116}[stage.pin]
+    choice = memory.decide(config, stage)
+    build = {"v0.20.0": build_v020, "v1.16.0": functools.partial(build_v116, choice=choice)}[stage.pin]
     return build(config, tokenizer, prompts, stage.name, callbacks)

@@ -19,6 +19,7 @@ VARIANTS = {
     "string-level": ("v0.20.0", "tip"),
     "upstream": ("v1.16.0", "0"),
     "shared-prefix": ("v1.16.0", "tip"),
+    "memory": ("v1.16.0", "tip"),  # the same tree, flags off but those of the `memory` section
 }
 ONE_ROW = "-mb1"  # suffix: the same tree with one row per micro-batch, as a user short of memory would set it
 

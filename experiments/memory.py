@@ -1,0 +1,213 @@
+"""The `memory:` section of a run: what is chosen, what it means to the trainer, and what the record says of it.
+
+    memory:
+      auto_memory_strategy: true
+      selective_checkpointing: true
+
+See docs/memory_strategies.md for the names. A run without the section does what it did before there was one.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from config import GIB, ExperimentConfig
+
+if TYPE_CHECKING:  # imported where it is used: a run's record lists the library files that the run imported
+    from lowmem.memory_strategy import MemoryChoice, MemorySettings
+
+
+def num_processes() -> int:
+    """As torchrun and accelerate start them."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def decide(config: ExperimentConfig, stage) -> "MemoryChoice | None":
+    """The strategies of the run; None if the configuration has no `memory` section.
+
+    Raises:
+        MemorySettingsError: see `choose_memory_strategy`; also for a tree that has none of the strategies.
+    """
+    if config.memory is None:
+        return None
+    from lowmem.memory_strategy import MemorySettingsError, choose_memory_strategy, parse_memory_settings
+
+    settings = parse_memory_settings(config.memory)
+    if stage.pin != "v1.16.0" or stage.name == "0":
+        raise MemorySettingsError(
+            f"the variant {config.variant!r} has no memory strategies. Use `memory`, which is TRL v1.16.0 with the "
+            "patch series, or remove the `memory` section."
+        )
+    choice = choose_memory_strategy(
+        settings,
+        num_processes(),
+        config.prompt_tokens + config.response_tokens,
+        budget_bytes=None if config.budget_gib is None else int(config.budget_gib * GIB),
+        predict=planned_peak(config),
+        has_accelerator=torch.accelerator.is_available(),
+    )
+    if choice.settings.gradient_checkpointing_ratio == 0 and config.gradient_checkpointing:
+        if settings.gradient_checkpointing_ratio == 0:
+            raise MemorySettingsError("gradient_checkpointing is true and memory.gradient_checkpointing_ratio is 0")
+    if rank() == 0:
+        print(choice, flush=True)
+    return choice
+
+
+# Of what recomputing whole layers saves, keeping the attention saves this share; 0.84 in results/memory_recompute.md
+SELECTIVE_SHARE = 0.8
+
+
+def planned_peak(config: ExperimentConfig) -> "Callable[[MemorySettings], int] | None":
+    """Peak bytes of one process under settings by the planner, or None where the library has no planner.
+
+    The planner runs the step without recomputation and with. Between them the peak is linear in the recomputed
+    layers; sequence peers divide what is above weights, gradients and AdamW's state.
+    """
+    if importlib.util.find_spec("lowmem.plan_step") is None:
+        return None
+    import dataclasses
+
+    from lowmem.plan_config import PlanConfig, from_training_file
+    from lowmem.plan_step import simulate
+
+    known = dataclasses.asdict(config)
+    names = known.keys() - {"memory", "variant", "gradient_checkpointing", "rows_per_micro_batch", "rows_per_rollout"}
+    shape = from_training_file({name: known[name] for name in names})
+    shape |= {"shared_prefix": config.variant.startswith("shared-prefix"), "lm_head": "completion"}
+    peaks: dict[tuple, tuple[int, int]] = {}
+
+    def simulated(recompute: bool, offload: bool, rows: int) -> tuple[int, int]:
+        """Bytes of one process: the peak, and of it what sequence peers do not divide (weights, gradients, AdamW)."""
+        key = (recompute, offload, rows)
+        if key not in peaks:
+            extra = {"ranks": num_processes(), "shard": "gradients"} if offload and num_processes() > 1 else {}
+            plan = PlanConfig(
+                **shape,
+                **extra,
+                gradient_checkpointing=recompute,
+                offload_optimizer=offload,
+                rows_per_micro_batch=rows,
+                rows_per_rollout=max(1, config.rows_per_step // num_processes()),
+            )
+            step = simulate(plan, cuda=torch.cuda.is_available())
+            width = getattr(torch, config.dtype).itemsize
+            peaks[key] = step.peak_bytes, width * (step.parameters + (0 if offload else 3 * step.trainable))
+        return peaks[key]
+
+    def predict(settings: "MemorySettings") -> int:
+        size = settings.sequence_parallel_size(num_processes())
+        pools = num_processes() // size
+        rows = min(config.rows_per_micro_batch or config.rows_per_step, config.rows_per_step // pools)
+        kept, states = simulated(False, settings.uses_deepspeed, rows)
+        ratio = settings.gradient_checkpointing_ratio or 0.0
+        if ratio:
+            recomputed, _ = simulated(True, settings.uses_deepspeed, rows)
+            kept -= int(ratio * (SELECTIVE_SHARE if settings.selective_checkpointing else 1.0) * (kept - recomputed))
+        return states + max(0, kept - states) // size
+
+    return predict
+
+
+def rloo_arguments(config: ExperimentConfig, choice: "MemoryChoice | None") -> dict:
+    """What the choice means to `RLOOConfig`. Rows of a step are those of all processes.
+
+    Raises:
+        ValueError: if the rows of a step cannot be divided over the processes.
+    """
+    settings = None if choice is None else choice.settings
+    size = 1 if settings is None else settings.sequence_parallel_size(num_processes())
+    pools = num_processes() // size  # groups of processes that hold the same rows
+    if config.rows_per_step % pools:
+        raise ValueError(
+            f"{config.rows_per_step} rows of a step cannot be divided over {pools} processes (or groups of them that "
+            "split sequences). Change rloo_k or prompts_per_step."
+        )
+    arguments = {}
+    if num_processes() > 1:
+        rows = min(config.rows_per_micro_batch or config.rows_per_step, config.rows_per_step // pools)
+        arguments["per_device_train_batch_size"] = rows
+        arguments["gradient_accumulation_steps"] = config.rows_per_step // pools // rows
+    if settings is None:
+        return arguments
+    if settings.gradient_checkpointing_ratio:
+        arguments["gradient_checkpointing"] = True
+        arguments["gradient_checkpointing_ratio"] = settings.gradient_checkpointing_ratio
+        arguments["selective_checkpointing"] = settings.selective_checkpointing
+    if settings.uses_deepspeed:
+        from lowmem.zero2 import zero2_config
+
+        arguments["deepspeed"] = zero2_config(offload=bool(settings.grad_offload))
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+            os.environ.setdefault(name, value)  # one process, started without a launcher
+        os.environ.setdefault("MASTER_PORT", "0")
+    if size > 1:
+        arguments["sequence_parallel_size"] = size
+    for name in ("activation_offloading", "oom_recovery"):
+        if getattr(settings, name):
+            arguments[name] = True
+    return arguments
+
+
+class ProductFlops(TorchDispatchMode):
+    """Floating-point operations of matrix products, and calls of attention operators: what recomputation adds to.
+
+    Attributes:
+        flops: 2 m k n for every product (m, k) x (k, n).
+        attention_calls: forward calls of a whole attention.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.flops = self.attention_calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            self.flops += 2 * out.numel() * args[0].shape[-1]
+        elif func is torch.ops.aten.addmm.default:
+            self.flops += 2 * out.numel() * args[1].shape[-1]
+        elif "scaled_dot_product" in str(func) and "backward" not in str(func):
+            self.attention_calls += 1
+        return out
+
+
+def callbacks(choice: "MemoryChoice | None") -> list:
+    """What checks at the start that the engine is in force."""
+    if choice is None or not choice.settings.uses_deepspeed:
+        return []
+    from lowmem.zero2 import Zero2Check
+
+    return [Zero2Check(num_processes())]
+
+
+def record_of(choice: "MemoryChoice | None", trainer, products: ProductFlops) -> dict | None:
+    """For the run's record: settings, reason, predicted peak, bytes of this process's parts, out-of-memories, and the
+    work of this process in all steps."""
+    if choice is None:
+        return None
+    from lowmem.zero2 import Zero2Check
+
+    checks = [c for c in trainer.callback_handler.callbacks if isinstance(c, Zero2Check)]
+    recovery = trainer._oom_recovery
+    return {
+        "settings": vars(choice.settings),
+        "strategies": choice.settings.describe(),
+        "reason": choice.reason,
+        "predicted_peak_bytes": choice.predicted_peak_bytes,
+        "rejected": list(choice.rejected),
+        "num_processes": trainer.accelerator.num_processes,
+        "rank": trainer.accelerator.process_index,
+        "zero2_bytes": checks[0].bytes if checks else None,
+        "oom_events": None if recovery is None else recovery.events,
+        "product_flops": products.flops,
+        "attention_calls": products.attention_calls,
+    }

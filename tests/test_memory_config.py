@@ -1,0 +1,166 @@
+"""The `memory:` section of experiments/train.py: committed configurations load and start, errors come early."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from torchrun import ROOT, launch
+
+import memory
+from config import ExperimentConfig
+
+CONFIGS = sorted((ROOT / "experiments/configs/memory").glob("*.yaml"))
+ACCELERATE = sorted((ROOT / "experiments/configs/accelerate").glob("*.yaml"))
+TINY = ["--vocab_size=0", "--tokenizer_vocab_size=512", "--hidden_size=32", "--intermediate_size=64", "--head_dim=8"]
+TINY += ["--num_hidden_layers=2", "--num_attention_heads=4", "--prompt_tokens=12", "--response_tokens=8", "--steps=3"]
+EXPECTED = {
+    "layers": (1, {}),
+    "one_process_long": (1, {"grad_offload"}),
+    "two_processes_short": (2, {"grad_offload", "zero2_gradient_sharding"}),
+    "two_processes_long": (2, {"grad_offload", "zero2_gradient_sharding", "sequence_parallelism"}),
+    "four_processes_both": (4, {"grad_offload", "zero2_gradient_sharding", "sequence_parallelism"}),
+}
+
+
+class Patched:
+    """A stage with the whole series."""
+
+    pin, name = "v1.16.0", "99"
+
+
+def read(path: Path) -> ExperimentConfig:
+    return ExperimentConfig(**yaml.safe_load(path.read_text()))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_committed_configurations_choose_what_they_say(path, monkeypatch, capsys):
+    processes, expected = EXPECTED[path.stem]
+    monkeypatch.setattr(memory, "num_processes", lambda: processes)
+    config = read(path)
+    choice = memory.decide(config, Patched)
+    names = ("grad_offload", "zero2_gradient_sharding", "selective_checkpointing", "sequence_parallelism")
+    assert {name for name in names if getattr(choice.settings, name)} == set(expected)
+    assert "memory strategy: " in capsys.readouterr().out
+    arguments = memory.rloo_arguments(config, choice)
+    assert ("deepspeed" in arguments) == ("grad_offload" in expected)
+    size = arguments.get("sequence_parallel_size", 1)
+    rows = arguments.get("per_device_train_batch_size", 1) * arguments.get("gradient_accumulation_steps", 4)
+    assert rows * processes // size == config.rows_per_step
+
+
+def test_every_case_has_a_configuration():
+    assert {path.stem for path in CONFIGS} == set(EXPECTED)
+
+
+@pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)
+def test_accelerate_reads_its_configurations(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes == yaml.safe_load(path.read_text())["num_processes"] >= 2
+
+
+def test_a_configuration_without_the_section_is_as_before(monkeypatch):
+    config = ExperimentConfig(variant="shared-prefix")
+    assert config.memory is None and memory.decide(config, Patched) is None
+    assert memory.rloo_arguments(config, None) == {} and memory.callbacks(None) == []
+
+
+def run_train(*options: str, env: dict | None = None, words: tuple = ()) -> subprocess.CompletedProcess:
+    command = [sys.executable, *words, "experiments/train.py", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240, env=environment)
+
+
+def test_an_unknown_key_ends_the_run_before_it_starts(tmp_path):
+    record = tmp_path / "record.json"
+    options = ["--variant", "memory", "--memory", '{"selectiv_checkpointing": true}', "--record", str(record)]
+    done = run_train(*options)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "did you mean 'selective_checkpointing'" in done.stderr and not record.exists()
+
+
+def test_a_tree_without_strategies_is_an_error():
+    class Upstream:
+        pin, name = "v1.16.0", "0"
+
+    config = ExperimentConfig(variant="upstream", memory={"oom_recovery": True})
+    with pytest.raises(ValueError, match="'upstream' has no memory strategies"):
+        memory.decide(config, Upstream)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_committed_configurations_start(path, tmp_path):
+    """A small model under torchrun: records of every process, bytes really divided."""
+    processes, expected = EXPECTED[path.stem]
+    record = tmp_path / "record.json"
+    options = ["--config", str(path), *TINY, f"--record={record}"]
+    if "long" in path.stem:
+        section = yaml.safe_load(path.read_text())["memory"] | {"long_sequence_tokens": 16}
+        options += ["--memory", json.dumps(section)]
+    launch("experiments/train.py", *options, processes=processes, timeout_s=300)
+    for rank in range(processes):
+        run = json.loads((record if rank == 0 else record.with_suffix(f".rank{rank}.json")).read_text())
+        assert run["status"] == "ok" and run["memory"]["num_processes"] == processes
+        assert run["memory"]["rank"] == rank and run["memory"]["reason"]
+        if "grad_offload" in expected:
+            held = run["memory"]["zero2_bytes"]
+            assert abs(held["gradient_bytes"] - held["full_gradient_bytes"] / processes) <= 64
+    assert ("sequence_parallelism" in expected) == ("sequence_parallelism" in run["memory"]["strategies"])
+
+
+@pytest.mark.slow
+def test_two_nodes_train_as_one_world(tmp_path):
+    """Two torchruns with an address and a node rank each, as two machines would start them."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = ROOT / "experiments/configs/memory/four_processes_both.yaml"
+    section = yaml.safe_load(config.read_text())["memory"] | {"num_processes": 2}
+    launchers = []
+    for node in range(2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+        command += [f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+        command += ["experiments/train.py", "--config", str(config), *TINY, f"--record={tmp_path / 'record.json'}"]
+        command += ["--memory", json.dumps(section)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        launchers.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
+    try:
+        said = [launcher.communicate(timeout=240)[1] for launcher in launchers]
+    finally:
+        for launcher in launchers:
+            launcher.kill()
+    assert [launcher.returncode for launcher in launchers] == [0, 0], said
+    for name in ("record.json", "record.rank1.json"):
+        run = json.loads((tmp_path / name).read_text())["memory"]
+        assert run["num_processes"] == 2 and "sequence_parallelism 2" in run["strategies"]
+
+
+@pytest.mark.slow
+def test_accelerate_that_starts_one_process_is_found_out(tmp_path):
+    record = tmp_path / "record.json"
+    config = ROOT / "experiments/configs/memory/two_processes_short.yaml"
+    words = ("-m", "accelerate.commands.launch", "--config_file", str(ROOT / "experiments/configs/accelerate"))
+    words = (*words[:3], str(ROOT / "experiments/configs/accelerate/two_cpu_processes.yaml"))
+    done = run_train("--config", str(config), *TINY, f"--record={record}", words=words)
+    assert done.returncode != 0
+    assert "num_processes is 2, but 1 run" in json.loads(record.read_text())["error"]
+
+
+@pytest.mark.slow
+def test_an_out_of_memory_is_counted_in_the_record(tmp_path):
+    record = tmp_path / "record.json"
+    options = ["--variant=memory", "--memory", '{"oom_recovery": true}', f"--record={record}", *TINY]
+    options += ["--prompt_tokens=512", "--hidden_size=64", "--intermediate_size=1024", "--num_hidden_layers=4"]
+    options += ["--rloo_k=16", "--kl_coef=0", "--budget_gib=0.75"]
+    done = run_train(*options, env={"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"})
+    run = json.loads(record.read_text())
+    assert done.returncode == 0, run["error"]
+    assert run["memory"]["oom_events"] and run["memory"]["oom_events"][0]["retry_rows"] == 8

@@ -1,0 +1,56 @@
+"""Starts a script alone or under torchrun, with a time limit: a hang is a failure with the last words of the ranks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def launch(script: str, *arguments: str, processes: int = 1, timeout_s: float = 300, ok: bool = True, env=None) -> str:
+    """The script's stdout and stderr.
+
+    Raises:
+        AssertionError: if it did not end in time, or failed although `ok`, or did not fail although not `ok`.
+    """
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [str(ROOT / script), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (env or {})
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(f"{script} did not end within {timeout_s} s; its last lines:\n{output[-3000:]}") from None
+    if (process.returncode == 0) != ok:
+        said = output.partition("failed (exitcode")[0]  # before torchrun's own report
+        raise AssertionError(f"{script} ended with {process.returncode}:\n{said[-4000:]}")
+    return output
+
+
+def probe(folder: Path, settings: dict, processes: int = 1, **options) -> list[dict]:
+    """`memory_probe.py` in `processes` processes: one result per rank, its weights under "weights"."""
+    from safetensors.torch import load_file
+
+    out = folder / "run-"
+    folder.mkdir(parents=True, exist_ok=True)
+    launch("tests/memory_probe.py", str(out), json.dumps(settings), processes=processes, **options)
+    results = []
+    for rank in range(processes):
+        result = json.loads(Path(f"{out}{rank}.json").read_text())
+        results.append(result | {"weights": load_file(f"{out}{rank}.safetensors")})
+    return results
+
+
+def largest_difference(ours: dict, reference: dict) -> float:
+    """Over tensors of the same names."""
+    assert ours.keys() == reference.keys()
+    return max((ours[name] - reference[name]).abs().max().item() for name in reference)
