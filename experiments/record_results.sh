@@ -8,7 +8,7 @@ case "${1:-}" in
 Usage: experiments/record_results.sh SET
 
 Makes every run behind the committed tables and charts and leaves the records in results/runs/SET; resumes where it
-stopped. Takes about 40 minutes on 2 cores. Draw them with
+stopped. Takes about 2 hours on 2 cores; the times need a machine that does nothing else. Draw them with
   ./visualize_results.sh --runs results/runs/SET --out results
 EOF
     [ -n "${1:-}" ] && exit 0 || exit 2 ;;
@@ -19,13 +19,28 @@ measure() { .venv/bin/python experiments/run_matrix.py --runs "$runs" "$@"; }
 measure --workload cpu --variants baseline upstream upstream@1 string-level --k 2 4 8
 measure --workload cpu --variants upstream upstream@1 string-level --k 16
 measure --workload cpu --variants string-level --k 32 64
+measure --workload cpu --variants shared-prefix --k 2 4 8 16 32 64
 measure --workload cpu --variants string-level@1 string-level@2 string-level@3 string-level@4 string-level@5 --k 4
 measure --workload published --variants baseline upstream upstream@1 string-level --k 2 4 8
 measure --workload published --variants baseline-mb1 --k 2
+measure --workload published --variants shared-prefix --k 2 4 8 16 32 64
 measure --workload published_rollout2 --variants string-level --k 2 8
 measure --workload origin --variants baseline string-level@1 as-published --k 2
 measure --workload origin_two_prompts --variants baseline string-level@1 as-published --k 2 4
 measure --workload learning --variants baseline string-level --k 4 --seeds 0 1 2
-pairs() { .venv/bin/python experiments/compare_time.py --runs "$runs" --variants baseline string-level "$@"; }
-pairs --workload cpu --k 4 --pairs 5
-pairs --workload published --k 2 --pairs 3
+pairs() { .venv/bin/python experiments/compare_time.py --runs "$runs" --variants "$@"; }
+pairs baseline string-level --workload cpu --k 4 --pairs 5
+pairs baseline string-level --workload published --k 2 --pairs 3
+
+# The shared prefix: whole trainers of a 57-million-parameter model, its training peaks, and its times
+for workload in layers_3072_53 layers_1024_1024 layers_256_512; do
+  measure --workload $workload --variants upstream@1 upstream@1-mb1 string-level shared-prefix --k 2 8 --steps 1
+  for k in 2 8; do pairs upstream@1 shared-prefix --workload $workload --k $k --pairs 1; done
+done
+.venv/bin/python experiments/training_peaks.py --out "$runs/training_peaks.csv" --workloads layers_3072_53 \
+  layers_1024_1024 layers_256_512 published balanced long_response
+pairs upstream@1 shared-prefix --workload layers_3072_53 --k 8 --pairs 2
+pairs upstream@1 shared-prefix --workload layers_3072_53 --k 8 --pairs 1 --gradient_checkpointing True
+pairs upstream@1-mb1 shared-prefix --workload layers_3072_53 --k 8 --pairs 1
+pairs string-level shared-prefix --workload layers_3072_53 --k 8 --pairs 1
+for workload in published long_response; do pairs upstream@1 shared-prefix --workload $workload --k 8 --pairs 1; done
