@@ -16,6 +16,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 WITHOUT_MEMORY = (
     *("workload", "record", "tokenizer_vocab_size", "model_seed", "dataset", "dataset_split", "reward", "steps"),
     *("epochs_per_batch", "learning_rate", "temperature", "seed", "budget_gib", "count_live_bytes"),
+    *("attn_implementation", "memory"),  # not planned: the model's own attention, no strategies of the trainers
 )
 # The planner's step that is nearest to a variant of experiments/; the trainers themselves: experiments/plan_trainer.py
 NEAREST = {

@@ -170,3 +170,28 @@ def write_full_set(runs_dir: Path, ks: tuple[int, ...] = (2, 4, 8)) -> Path:
         for variant in ("baseline", "string-level"):
             write_record(runs_dir, "learning", variant, 4, 0.4, seed=seed, summary__metrics=metrics)
     return runs_dir
+
+
+def write_shared_prefix_measurements(runs_dir: Path) -> None:
+    """training_peaks.csv and time_pairs.json, the latter with a comparison that is not the shared prefix's."""
+    rows = ["workload,prompt_tokens,completion_tokens,k,gradient_checkpointing,way,peak_live_bytes"]
+    for way, per_row, fixed in (("all rows", 1.0, 0.0), ("row by row", 0.0, 1.6), ("shared", 0.0, 1.5)):
+        for checkpointing in (False, True):
+            for k in (2, 8):
+                peak = int((fixed + per_row * k) * GIB / (1 + checkpointing))
+                rows.append(f"layers_3072_53,3072,53,{k},{checkpointing},{way},{peak}")
+    (runs_dir / "training_peaks.csv").write_text("\n".join(rows) + "\n")
+    theirs = {"generate": 10.0, "score": 8.0, "train_forward": 6.0, "train_backward": 4.0}
+    ours = {"generate": 2.0, "score": 1.0, "train_forward": 0.4, "train_backward": 0.6}
+    entry = {
+        "pairs_s": [[100.0, 10.0], [100.0, 20.0]],
+        "phase_pairs_s": [[theirs, ours]] * 2,
+        "ratio_min": 0.1,
+        "ratio_median": 0.15,
+        "ratio_max": 0.2,
+        "tokens_per_row": [3072, 53],
+        "env": {"device": "cpu"},
+    }
+    older = {"pairs_s": [[4.4, 2.6]], "ratio_median": 0.59}  # made before phases were kept
+    entries = {"layers_3072_53/shared-prefix_vs_upstream@1_k8": entry, "cpu/string-level_vs_baseline_k4": older}
+    (runs_dir / "time_pairs.json").write_text(json.dumps(entries))

@@ -40,7 +40,7 @@ def test_every_stage_is_laid_out_and_differs(tree):
     texts = set()
     for stage in json.loads((tree / "built.json").read_text())["stages"]:
         folder = tree / "stages" / stage["name"]
-        files = ("rloo_trainer", "rloo_config", "utils")
+        files = ("rloo_trainer", "rloo_config", "utils", "ppo_trainer", "ppo_config")
         texts.add("".join((folder / f"trl/trainer/{name}.py").read_text() for name in files))
         assert (folder / "trl.egg-info/PKG-INFO").exists(), "TRL would report another installed version"
     assert len(texts) == len(json.loads((tree / "built.json").read_text())["stages"])
@@ -121,7 +121,7 @@ def test_work_in_src_is_not_lost_and_can_be_exported(tree):
     count = len(fork.patch_files(PIN))
     fork.run_git("commit", "--all", "--message", "rloo: an idea\n\nReason: local", cwd=tree / "src")
     fork.export(PIN, log=quiet)
-    assert [p.name for p in fork.patch_files(PIN)][count:] == [f"000{count + 1}-rloo-an-idea.patch"]
+    assert [p.name for p in fork.patch_files(PIN)][count:] == [f"{count + 1:04d}-rloo-an-idea.patch"]
     assert fork.stage(PIN).name == str(count + 1) and fork.stage(PIN).subject == "rloo: an idea"
     fork.check(PIN, log=quiet)
 

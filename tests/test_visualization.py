@@ -10,18 +10,27 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from synthetic_runs import GIB, PHASES, write_full_set, write_one_row, write_oom, write_record
+from synthetic_runs import (
+    GIB,
+    PHASES,
+    write_full_set,
+    write_one_row,
+    write_oom,
+    write_record,
+    write_shared_prefix_measurements,
+)
 
 from visualization import combine_memory_data, comparison, create_charts, results_table
 from visualization.charts_by_k import growth_with_k, peak_memory_comparison, spread
 from visualization.charts_causes import ablation, ablation_records, published_origin
 from visualization.charts_over_time import individual_peak_preserving, learning_curves, load_timeline
 from visualization.combine_memory_data import RecordError, load_records, runs_table
+from visualization.shared_prefix_table import read_time_ratios, read_training_peaks, write_shared_prefix_table
 from visualization.smoothing import peak_preserving, trend
 
 ALL_CHARTS = (
     *("peak_memory_comparison", "growth_with_k", "step_time", "ablation", "published_origin", "learning_curves"),
-    *("rloo_individual_peak_preserving", "rloo_individual_ultra_smooth"),
+    *("rloo_individual_peak_preserving", "rloo_individual_ultra_smooth", "shared_prefix"),
 )
 
 
@@ -35,7 +44,9 @@ def bars(figure, gid: str) -> list:
 
 @pytest.fixture(scope="module")
 def full_set(tmp_path_factory) -> Path:
-    return write_full_set(tmp_path_factory.mktemp("runs") / "synthetic")
+    runs_dir = write_full_set(tmp_path_factory.mktemp("runs") / "synthetic")
+    write_shared_prefix_measurements(runs_dir)
+    return runs_dir
 
 
 @pytest.fixture(scope="module")
@@ -286,9 +297,31 @@ def test_one_command_writes_every_table_and_chart(full_set, tmp_path):
     create_charts.main(["--runs", str(full_set), "--out", str(tmp_path), "--strict"])
     for name in ALL_CHARTS:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
-    for name in ("runs.csv", "phases.csv", "metrics.csv", "peak_memory.csv", "growth.csv", "peak_memory.md"):
+    tables = ("runs.csv", "phases.csv", "metrics.csv", "peak_memory.csv", "growth.csv", "peak_memory.md")
+    for name in (*tables, "shared_prefix.md"):
+        "runs.csv",
+        "phases.csv",
+        "metrics.csv",
+        "peak_memory.csv",
+        "growth.csv",
+        "peak_memory.md",
+        "shared_prefix.md",
+    ):
         assert (tmp_path / name).stat().st_size > 0, name
     assert not list(tmp_path.glob(".*")), "no temporary file is left"
+
+
+def test_shared_prefix_table_has_the_ratios_of_the_pairs(full_set, tmp_path):
+    peaks, times = read_training_peaks(full_set), read_time_ratios(full_set)
+    row = times[times["peer"] == "upstream@1"].iloc[0]
+    assert (row["k"], row["pairs"], row["checkpointing"]) == (8, 2, False)
+    assert row["step"] == pytest.approx(1 / 0.15) and row["generate"] == pytest.approx(5) and row["train"] == 10
+    assert row["token_ratio"] == pytest.approx(8 * 3125 / (3072 + 8 * 53))
+    write_shared_prefix_table(peaks, times, tmp_path)
+    text = (tmp_path / "shared_prefix.md").read_text()
+    assert "| layers_3072_53 | 3,072 + 53 | off | all rows | 2.00 | 8.00 | 4.000 |" in text
+    assert "| layers_3072_53 | 3,072 + 53 | off | shared | 1.50 | 1.50 | 1.000 |" in text
+    assert "6.67 (5.00 to 10.00)" in text
 
 
 def test_an_expected_run_that_is_missing_is_an_error_with_its_name_and_command(tmp_path, capsys):
