@@ -299,14 +299,6 @@ def test_one_command_writes_every_table_and_chart(full_set, tmp_path):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
     tables = ("runs.csv", "phases.csv", "metrics.csv", "peak_memory.csv", "growth.csv", "peak_memory.md")
     for name in (*tables, "shared_prefix.md"):
-        "runs.csv",
-        "phases.csv",
-        "metrics.csv",
-        "peak_memory.csv",
-        "growth.csv",
-        "peak_memory.md",
-        "shared_prefix.md",
-    ):
         assert (tmp_path / name).stat().st_size > 0, name
     assert not list(tmp_path.glob(".*")), "no temporary file is left"
 
