@@ -153,6 +153,8 @@ def why_not_split(model: nn.Module) -> list[str]:
             '`attn_implementation="sdpa"`, whose operator is used on gathered keys and values.'
         )
     other = sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention"})
+    if not getattr(text, "layer_types", None) and getattr(text, "sliding_window", None):
+        other.append(f"a sliding window of {text.sliding_window} tokens")
     stateful = sorted({type(m).__name__ for m in inner.modules() if isinstance(m, (nn.Conv1d, nn.RNNBase))})
     if other or stateful or inner.config.is_encoder_decoder:
         found = ", ".join([*other, *stateful]) or "an encoder"
