@@ -2,8 +2,8 @@
 
     python experiments/compare_time.py --variants baseline string-level --k 4 --workload cpu --pairs 5
 
-Every measurement is a fresh process without the live-bytes meter; its figure is the median of its steps after the
-first. Quote the ratio, not the seconds. The pairs go to `<runs>/time_pairs.json`, one entry per comparison, as soon as
+Every measurement is a fresh process without the live-bytes meter and with the C allocator's own settings, which
+run_matrix.py changes for its meters; its figure is the median of its steps after the first. Quote the ratio, not the seconds. The pairs go to `<runs>/time_pairs.json`, one entry per comparison, as soon as
 they are measured; pairs that were made with the same settings, trees and library are not measured again.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from run_matrix import MALLOC, default_workload, workload_path  # noqa: E402
+from run_matrix import default_workload, workload_path  # noqa: E402
 from train import write_record  # noqa: E402
 
 import variants  # noqa: E402
@@ -32,7 +32,11 @@ def measure(variant: str, k: int, config: Path, options: list[str]) -> dict:
         path = Path(folder) / "run.json"
         command = [sys.executable, str(HERE / "train.py"), "--config", str(config), "--variant", variant]
         command += ["--rloo_k", str(k), "--record", str(path), "--count_live_bytes", "False", *options]
-        result = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ) | MALLOC)
+        result = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+        )
         if result.returncode:
             raise RuntimeError(f"{variant} at k = {k} did not run:\n{result.stderr[-2000:]}")
         return json.loads(path.read_text())
