@@ -4,8 +4,8 @@
 
 Every measurement is a fresh process without the live-bytes meter and with the C allocator's own settings, which
 run_matrix.py changes for its meters; its figure is the median of its steps after the first. Quote the ratio, not the
-seconds. The pairs go to `<runs>/time_pairs.json`, one entry per comparison, as soon as they are measured; pairs that were
-made with the same settings, trees and library are not measured again.
+seconds. The pairs go to `<runs>/time_pairs.json`, one entry per comparison, as soon as they are measured; pairs that
+were made with the same settings, trees and library are not measured again.
 """
 
 import argparse
