@@ -8,8 +8,8 @@ case "${1:-}" in
 Usage: ./run_tests.sh [--all] [pytest options]
 
 Sets up what is missing (./setup_env.sh), checks the patch series (export and import give the identical tree) and runs
-the quick tests. Takes about 10 minutes on 2 cores.
---all adds the slow proofs: the full parity grids, every patch in float32 and float64; about 25 minutes.
+the quick tests. Takes about 20 minutes on 2 cores.
+--all adds the slow proofs: the full parity grids, every patch in float32 and float64; about two hours.
 EOF
     exit 0 ;;
 esac
