@@ -66,3 +66,12 @@ def run_probe(tmp_path_factory, probe_model):
         return cache[key]
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def environment_of_the_process_stays():
+    """What code under test sets for itself (ranks, ports) must not reach the processes that later tests start."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
