@@ -3,9 +3,10 @@
     python experiments/compare_time.py --variants baseline string-level --k 4 --workload cpu --pairs 5
 
 Every measurement is a fresh process without the live-bytes meter and with the C allocator's own settings, which
-run_matrix.py changes for its meters; its figure is the median of its steps after the first. Quote the ratio, not the
-seconds. The pairs go to `<runs>/time_pairs.json`, one entry per comparison, as soon as they are measured; pairs that
-were made with the same settings, trees and library are not measured again.
+run_matrix.py changes for its meters; its figure is the median of its steps after the first, or its only step with
+`--steps 1` (for steps of minutes, beside which a warm-up is nothing). Quote the ratio, not the seconds. The pairs go
+to `<runs>/time_pairs.json`, one entry per comparison, as soon as they are measured; pairs that were made with the same
+settings, trees and library are not measured again.
 """
 
 import argparse
@@ -43,9 +44,14 @@ def measure(variant: str, k: int, config: Path, options: list[str]) -> dict:
         return json.loads(path.read_text())
 
 
+def measured(steps: list) -> list:
+    """Without the first, which warms up; an only step is measured."""
+    return steps[1:] or steps
+
+
 def phase_medians_s(summary: dict) -> dict[str, float]:
-    """Seconds by phase: the median of the steps after the first."""
-    steps = summary["step_phase_time_s"][1:]
+    """Seconds by phase: the median of the measured steps."""
+    steps = measured(summary["step_phase_time_s"])
     return {phase: statistics.median(step.get(phase, 0.0) for step in steps) for phase in steps[0]}
 
 
@@ -76,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
             entry = {**made_with, "pairs_s": [], "phase_pairs_s": []}
         while len(entry["pairs_s"]) < args.pairs:
             records = [measure(variant, args.k, config, options) for variant in args.variants]
-            entry["pairs_s"].append([record["summary"]["step_time_median_s"] for record in records])
+            entry["pairs_s"].append([statistics.median(measured(r["summary"]["step_time_s"])) for r in records])
             entry["phase_pairs_s"].append([phase_medians_s(record["summary"]) for record in records])
             ratios = sorted(b_s / a_s for a_s, b_s in entry["pairs_s"])
             entry |= {

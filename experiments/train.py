@@ -127,6 +127,7 @@ def environment(stage=None) -> dict:
         "lowmem_sha256": None,
         "cpu": cpu,
         "cpu_count": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
         "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
 

@@ -68,6 +68,7 @@ def read_time_ratios(runs_dir: Path) -> pd.DataFrame:
                 "completion_tokens": completion_tokens,
                 "token_ratio": token_ratio(prompt_tokens, completion_tokens, int(k)),
                 "pairs": len(entry["pairs_s"]),
+                "threads": entry["env"].get("num_threads"),
                 "device": entry["env"]["device"],
                 "step": 1 / entry["ratio_median"],
                 "step_min": 1 / entry["ratio_max"],
