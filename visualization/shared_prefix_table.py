@@ -21,7 +21,8 @@ NOTES = """
   gradients included (experiments/training_peaks.py, fake tensors; the same chunked LM head in all three ways, on the
   rows of the completions). Growth: peak(k = 64) / peak(k = 2).
 - Times: whole optimizer steps of the two trainers in turn, each in a fresh process, without the meter
-  (experiments/compare_time.py); how many times less time the shared prefix takes, over all pairs. Token ratio:
+  (experiments/compare_time.py); how many times less time the shared prefix takes, over all pairs. Threads: of each
+  process (all: those of the machine, 2 for the recorded runs). Token ratio:
   k (P + R) / (P + k R), what computing every prompt token once can save at most where time goes by tokens.
 - `upstream@1` is TRL v1.16.0 with its LM head on the completions' rows, `-mb1` one row per micro-batch.
 """
@@ -41,8 +42,8 @@ def token_ratio(prompt_tokens: int, completion_tokens: int, k: int) -> float:
 def read_time_ratios(runs_dir: Path) -> pd.DataFrame:
     """One row per comparison with the shared prefix: how many times less time, whole step and by phase.
 
-    Columns: workload, peer, k, checkpointing, prompt_tokens, completion_tokens, token_ratio, pairs, device, step,
-    step_min, step_max, generate, score, train. Empty where there are none.
+    Columns: workload, peer, k, checkpointing, prompt_tokens, completion_tokens, token_ratio, pairs, threads, device,
+    step, step_min, step_max, generate, score, train. Empty where there are none.
     """
     path = runs_dir / "time_pairs.json"
     entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -96,13 +97,14 @@ def peaks_markdown(peaks: pd.DataFrame) -> str:
 
 
 def times_markdown(times: pd.DataFrame) -> str:
-    header = ["workload", "tokens", "k", "checkpointing", "against", "pairs", "token ratio"]
+    header = ["workload", "tokens", "k", "checkpointing", "against", "pairs", "threads", "token ratio"]
     header += ["step", "generation", "scoring", "training"]
     rows = []
     for row in times.itertuples():
         span = f" ({row.step_min:.2f} to {row.step_max:.2f})" if row.pairs > 1 else ""
         cells = [row.workload, f"{row.prompt_tokens:,} + {row.completion_tokens:,}", str(row.k)]
-        cells += ["on" if row.checkpointing else "off", row.peer, str(row.pairs), f"{row.token_ratio:.2f}"]
+        cells += ["on" if row.checkpointing else "off", row.peer, str(row.pairs)]
+        cells += ["all" if pd.isna(row.threads) else f"{row.threads:.0f}", f"{row.token_ratio:.2f}"]
         cells += [f"{row.step:.2f}{span}", *(f"{value:.2f}" for value in (row.generate, row.score, row.train))]
         rows.append(cells)
     return markdown_rows(header, rows)
