@@ -491,7 +491,8 @@ def test_shared_prefix_with_deepspeed_zero2_matches_upstream(run_equal, extra, s
     ours = {name: value for name, value in ours.items() if not name.endswith(".loss")}  # no `accelerator.backward`
     assert_same(ours, {name: reference[name] for name in ours}, TOLERANCE["float32"])
     assert ours.keys() == {name for name in reference if not name.endswith(".loss")}
-    assert any(name.startswith("step4.param.") for name in ours)
+    steps = {name.partition(".")[0] for name in ours if ".param." in name}
+    assert len(steps) >= 4, sorted(ours)
     assert any("grad_norm" in name for name in ours)
 
 
