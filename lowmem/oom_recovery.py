@@ -26,6 +26,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from lowmem.shared_prefix_checks import active_noise
+
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 _WORDS = re.compile(
@@ -38,18 +40,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and _WORDS.search(str(error)) is not None
-
-
-def active_dropout(model: nn.Module) -> list[str]:
-    """Names of dropout rates that are switched on; a repeated forward would draw other random numbers."""
-    found = []
-    for name, module in model.named_modules():
-        if module.training:
-            rates = {key: rate for key, rate in vars(module).items() if "drop" in key}
-            if isinstance(module, nn.modules.dropout._DropoutNd):
-                rates["p"] = module.p
-            found += [f"{name}.{key}" for key, rate in rates.items() if type(rate) in (int, float) and rate > 0]
-    return found
 
 
 class OomRecovery:
@@ -69,7 +59,7 @@ class OomRecovery:
     """
 
     def __init__(self, model: nn.Module, max_events: int = 100):
-        if dropout := active_dropout(model):
+        if dropout := list(active_noise(model, ("drop",))):
             raise NotImplementedError(
                 f"Out-of-memory recovery needs a model without dropout, but {len(dropout)} rates are not 0, the first "
                 f"being {dropout[0]}: parts of a micro-batch draw other random numbers than the whole. Set them to 0."

@@ -96,26 +96,38 @@ def _architecture_reasons(inner: PreTrainedModel) -> list[str]:
     return reasons
 
 
-def _noise_reasons(model: nn.Module) -> list[str]:
-    """Random disturbances that are switched on: the prompt would draw once where k copies draw k times."""
-    found = set()
-    for name, module in model.named_modules():
+def active_noise(model: nn.Module, names: tuple[str, ...] = _NOISE_NAMES) -> dict[str, float]:
+    """Rates above 0 of random disturbances in modules that are in training mode, by where they are kept.
+
+    A rate is an attribute whose name holds one of `names`, also a dict of them by adapter (PEFT's LoHa and LoKr), and
+    the `p` of a module whose class has such a name (torch's dropout, PEFT's multiplicative one).
+    """
+    found = {}
+    for path, module in model.named_modules():
         if not module.training:
             continue
-        is_dropout = isinstance(module, nn.modules.dropout._DropoutNd)
-        rates = {"p": module.p} if is_dropout else {k: v for k, v in vars(module).items() if _is_noise_name(k)}
-        found.update(f"{name}.{k} = {v:g}" for k, v in rates.items() if type(v) in (float, int) and v > 0)
+        rates = {name: value for name, value in vars(module).items() if any(part in name for part in names)}
+        if any(part in type(module).__name__.lower() for part in names):
+            rates["p"] = getattr(module, "p", None)
+        for name, value in rates.items():
+            by_adapter = {f"{name}.{key}": rate for key, rate in value.items()} if isinstance(value, dict) else {}
+            for key, rate in (by_adapter or {name: value}).items():
+                if type(rate) in (float, int) and rate > 0:
+                    found[f"{path}.{key}"] = rate
+    return found
+
+
+def _noise_reasons(model: nn.Module) -> list[str]:
+    """Random disturbances that are switched on: the prompt would draw once where k copies draw k times."""
+    found = active_noise(model)
     if not found:
         return []
-    first = sorted(found)[0]
+    first, rate = min(found.items())
     return [
-        f"{len(found)} random disturbance(s) are active, the first being {first}: one copy of the prompt draws once "
-        "where k copies draw k times. Set every dropout to 0 (adapters too: `lora_dropout=0`), or call `model.eval()`."
+        f"{len(found)} random disturbance(s) are active, the first being {first} = {rate:g}: one copy of the prompt "
+        "draws once where k copies draw k times. Set every dropout to 0 (adapters too: `lora_dropout=0`), or call "
+        "`model.eval()`."
     ]
-
-
-def _is_noise_name(name: str) -> bool:
-    return any(part in name for part in _NOISE_NAMES)
 
 
 def _checkpoint_functions(model: nn.Module):

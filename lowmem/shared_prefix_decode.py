@@ -115,7 +115,14 @@ def _attend(module, query, key, value, attention_mask, scaling=None, softcap=Non
             f"{type(module).__name__} asks for position biases or for several tokens at once, which the shared prefix "
             "does not decode. Pass `share_cache=False`, or generate without the shared prefix."
         )
-    layer = cache.layers[module.layer_idx]
+    with torch.autocast(query.device.type, enabled=False):  # it would round the scores to half precision
+        layer, sinks = cache.layers[module.layer_idx], kwargs.get("s_aux")
+        return _attention(layer, query, key, value, attention_mask, scaling, softcap, sinks), None
+
+
+def _attention(layer, query, key, value, attention_mask, scaling, softcap, sinks):
+    """softmax([prompt, completion]) [values of both]; (B, 1, H, D). `sinks` (H,): scores that take weight and give no
+    value."""
     num_rows, num_kv_heads, _, head_size = key.shape
     scaling = head_size**-0.5 if scaling is None else scaling
     query = query.view(num_rows, num_kv_heads, -1, head_size)  # (B, Hk, G, D)
@@ -129,7 +136,6 @@ def _attend(module, query, key, value, attention_mask, scaling=None, softcap=Non
         scores = torch.tanh(scores / softcap) * softcap
     if attention_mask is not None:  # (B, 1, 1, P + t), True where a token may be seen
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    sinks = kwargs.get("s_aux")  # (H,), scores that take weight and give no value
     if sinks is not None:
         sinks = sinks.to(scores.dtype).view(num_kv_heads, -1, 1).expand(num_rows, -1, -1, -1)
         weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1].to(value.dtype)
@@ -141,7 +147,7 @@ def _attend(module, query, key, value, attention_mask, scaling=None, softcap=Non
         output = _by_row(of_prompt, num_rows) + _product(weights, value)
     else:
         output = _product(weights, value)
-    return output.to(value.dtype).reshape(num_rows, 1, -1, value.shape[-1]), None  # (B, 1, H, D)
+    return output.to(value.dtype).reshape(num_rows, 1, -1, value.shape[-1])
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

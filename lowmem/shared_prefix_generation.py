@@ -35,6 +35,7 @@ _ACCEPTED = {
     "prompt_lookup_num_tokens": None,
     "guidance_scale": 1.0,
     "prefill_chunk_size": None,
+    "token_healing": False,
 }
 _REFUSED_ARGUMENTS = ("assistant_model", "custom_generate", "inputs_embeds", "past_key_values", "position_ids")
 

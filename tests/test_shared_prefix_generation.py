@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from test_shared_prefix_models import MODELS, VOCAB_SIZE, WINDOW, make_model
 from transformers import AutoModelForCausalLM, GenerationConfig, GptOssConfig
+from transformers.cache_utils import Cache
 
 from lowmem import shared_prefix_decode, shared_prefix_generation
 from lowmem.live_bytes import LiveBytes
@@ -174,6 +175,7 @@ def test_peak_memory_is_below_stock():
         ({"use_cache": False}, "use_cache=False"),
         ({"return_dict_in_generate": True}, "return_dict_in_generate"),
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup"),
+        ({"token_healing": True}, "token_healing"),
         ({"assistant_model": object()}, "assistant_model"),
         ({"inputs_embeds": torch.zeros(1, 1, 32)}, "inputs_embeds"),
     ],
@@ -243,6 +245,28 @@ def test_half_precision_is_as_near_to_float64_as_fused_attention():
     stock = decoded_logits(model, lambda: stock_generate(model, ids, mask, **options))
     shared = decoded_logits(model, lambda: shared_prefix_generate(model, ids, mask, NUM_GENERATIONS, **options))
     assert (shared - exact).norm() <= 1.1 * (stock - exact).norm()
+
+
+def test_scores_under_autocast_are_as_precise_as_without():
+    """Autocast would round the scores of sharp attention to half precision; fused attention keeps them in float32."""
+    generator = torch.Generator().manual_seed(0)
+
+    def states(*shape, scale=1.0):
+        return scale * torch.randn(*shape, generator=generator)
+
+    layer = SharedPromptLayer(states(1, 2, 40, 16), states(1, 2, 40, 16))
+    module = torch.nn.Linear(1, 1)
+    module.layer_idx = 0
+    cache = Cache(layers=[layer])
+    inputs = states(3, 4, 1, 16, scale=6), states(3, 2, 1, 16), states(3, 2, 1, 16)
+    token = shared_prefix_decode._decoding.set((cache, frozenset([module])))
+    try:
+        exact = shared_prefix_decode._attend(module, *inputs, None)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            ours = shared_prefix_decode._attend(module, *inputs, None)[0]
+    finally:
+        shared_prefix_decode._decoding.reset(token)
+    torch.testing.assert_close(ours, exact, rtol=0, atol=0)
 
 
 def test_another_model_with_the_same_config_object_is_found_out():

@@ -195,6 +195,8 @@ def refusals(probe_model) -> dict[str, str | None]:
         ("vision-language", "NotImplementedError", "Pass a tokenizer and a text model"),
         ("auxiliary loss", "NotImplementedError", "`router_aux_loss_coef=0.0`"),
         ("_compute_loss", "NotImplementedError", "Override `_compute_per_token_loss`"),
+        ("_get_per_token_logps_and_entropies", "NotImplementedError", "Override `_compute_per_token_loss`"),
+        ("_prepare_inputs", "NotImplementedError", "Override `_compute_per_token_loss`"),
         ("FSDP", "NotImplementedError", "Use a single process, DDP or DeepSpeed"),
         ("lora_dropout", "NotImplementedError", "`lora_dropout=0`"),
         ("reentrant", "NotImplementedError", '"use_reentrant": False'),

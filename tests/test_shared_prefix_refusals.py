@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import BOFTConfig, LoKrConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from test_shared_prefix_models import (
     Float64Everywhere,
     Losses,
@@ -72,6 +72,10 @@ def with_reentrant_wrapper():
     return model
 
 
+def with_adapter(config):
+    return lambda: get_peft_model(qwen3(), config)
+
+
 def with_virtual_tokens():
     return get_peft_model(qwen3(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
 
@@ -91,6 +95,14 @@ REFUSED = {
     "attention dropout": (lambda: qwen3(attention_dropout=0.1), "attention_dropout = 0.1.*eval"),
     "dropout modules": (lambda: make_model("phi3", torch.float32, resid_pdrop=0.2), "dropout.p = 0.2"),
     "adapter dropout": (lambda: with_lora(lora_dropout=0.05).train(), "lora_dropout.*0.05"),
+    "dropout by adapter": (
+        with_adapter(LoKrConfig(r=4, rank_dropout=0.01, target_modules=["q_proj"])),
+        "rank_dropout.default = 0.01",
+    ),
+    "multiplicative dropout": (
+        with_adapter(BOFTConfig(boft_block_size=4, boft_dropout=0.1, target_modules=["q_proj"])),
+        r"boft_dropout.default.p = 0.1",
+    ),
     "embedding noise": (with_neftune, "neftune_noise_alpha = 5"),
     "router jitter": (lambda: make_model("mixtral", torch.float32, router_jitter_noise=0.1), "jitter_noise = 0.1"),
     "router loss": (with_router_loss, "output_router_logits = False"),

@@ -222,21 +222,33 @@ def print_refusals(algorithm: str, folder: str) -> None:
         def _compute_loss(self, model, inputs):
             return super()._compute_loss(model, inputs)
 
+    class OwnLogps(stock_trainer):
+        def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+
+    def replace_inputs(trainer):
+        trainer._prepare_inputs = functools.partial(trainer._prepare_inputs)
+
     class Processor(ProcessorMixin):
         def __init__(self, tokenizer):
             self.tokenizer = tokenizer
 
-    def train(trainer_class=stock_trainer, model=None, processing_class=tokenizer, peft_config=None, **arguments):
+    def train(
+        trainer_class=stock_trainer, model=None, processing_class=tokenizer, peft_config=None, change=None, **arguments
+    ):
         defaults = {"num_generations": 2, "per_device_train_batch_size": 4, "max_completion_length": 4, "max_steps": 1}
         defaults |= {"output_dir": tempfile.mkdtemp(), "use_cpu": True, "bf16": False, "report_to": []}
-        trainer_class(
+        trainer = trainer_class(
             model=model or AutoModelForCausalLM.from_pretrained(folder),
             reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
             args=stock_config(shared_prefix=True, save_strategy="no", **(defaults | arguments)),
             train_dataset=dataset,
             processing_class=processing_class,
             peft_config=peft_config,
-        ).train()
+        )
+        if change is not None:
+            change(trainer)
+        trainer.train()
 
     def train_without_lowmem():
         with pytest.MonkeyPatch.context() as patch:
@@ -284,6 +296,8 @@ def print_refusals(algorithm: str, folder: str) -> None:
         "vision-language": functools.partial(train, processing_class=Processor(tokenizer)),
         "auxiliary loss": train_experts,
         "_compute_loss": functools.partial(train, trainer_class=OwnLoss),
+        "_get_per_token_logps_and_entropies": functools.partial(train, trainer_class=OwnLogps),
+        "_prepare_inputs": functools.partial(train, change=replace_inputs),
         "FSDP": train_sharded,
         "lora_dropout": functools.partial(train, peft_config=LoraConfig(lora_dropout=0.1)),
         "reentrant": functools.partial(train, **reentrant),
@@ -546,6 +560,8 @@ def refusals(probe_model) -> dict[str, str | None]:
         ("vision-language", "NotImplementedError", "Pass a tokenizer and a text model"),
         ("auxiliary loss", "NotImplementedError", "`router_aux_loss_coef=0.0`"),
         ("_compute_loss", "NotImplementedError", "Override `_compute_per_sequence_loss`"),
+        ("_get_per_token_logps_and_entropies", "NotImplementedError", "Override `_compute_per_sequence_loss`"),
+        ("_prepare_inputs", "NotImplementedError", "Override `_compute_per_sequence_loss`"),
         ("FSDP", "NotImplementedError", "Use a single process, DDP or DeepSpeed ZeRO-2"),
         ("lora_dropout", "NotImplementedError", "`lora_dropout=0`"),
         ("reentrant", "NotImplementedError", '"use_reentrant": False'),
