@@ -6,14 +6,13 @@ Memory: each method in a fresh process, in bytes that PyTorch's allocator had gi
 it returns included) and as the rise of resident memory. What does not fit is counted on fake tensors and marked so.
 Time: the methods in turn, round after round, in one process without a meter. Exactness: loss and gradients against the
 naive ones of the same process. The record is results/runs/<set>/benchmark/<case>.json; what is done is skipped and
-missing rounds are added.
+missing rounds are added, so it may be interrupted.
 
 cut-cross-entropy is measured where it can be imported (with triton, which it imports even for its torch_compile; put
 both on PYTHONPATH), Liger and cut-cross-entropy's own kernel where there is a GPU as well.
 """
 
 import argparse
-import copy
 import datetime
 import importlib
 import importlib.metadata
@@ -40,6 +39,7 @@ from lowmem.mtp_logits import compute_mtp_ce_loss  # noqa: E402
 from lowmem.mtp_loss import mtp_ce_loss  # noqa: E402
 from lowmem.mtp_targets import shift_labels  # noqa: E402
 from mtp_config import library_sha256  # noqa: E402
+from run_outcome import OUT_OF_MEMORY  # noqa: E402
 
 SMALL_TILE = (128, 512)  # 256 KiB in float32, for comparison with what holds no more than that
 WHOLE_ROWS = 64  # at once on the whole vocabulary: 37 MiB of 151,936 in float32
@@ -246,8 +246,8 @@ def count_allocated(work) -> int:
     return max(itertools.accumulate(event.nbytes() for event in events))
 
 
-def measure_times(args, methods: list[str], record: dict) -> None:
-    """Adds rounds to `record`, and of every method its distance from the naive loss and gradients.
+def measure_times(args, methods: list[str], record: dict, keep) -> None:
+    """Adds rounds to `record`, and of every method its distance from the naive loss and gradients; calls `keep()`.
 
     A round is the seconds of one run of each method, one after the other; `naive` is in every round where it fits.
     """
@@ -280,6 +280,7 @@ def measure_times(args, methods: list[str], record: dict) -> None:
                 entries[method]["loss_difference"] = (loss - reference[0]).abs().item()
         if number:
             rounds.append(done)
+            keep()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -323,7 +324,18 @@ def main(argv: list[str] | None = None) -> int:
         if all(known["env"][name] == env[name] for name in ("mtp_sha256", "threads", "device", "torch")):
             record = known
             env["peers"] = known["env"]["peers"] | env["peers"]
-    before, start = copy.deepcopy(record), time.perf_counter()
+    start = time.perf_counter()
+    call = {"command": ["python", "experiments/benchmark_mtp.py", *(argv or sys.argv[1:])]}
+    call |= {name: env[name] for name in ("repo_commit", "repo_dirty")}
+
+    def keep() -> None:  # after every measurement: what is interrupted goes on from there
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        call.update(measured_at=now, wall_s=time.perf_counter() - start)
+        if record["calls"][-1:] != [call]:
+            record["calls"].append(call)
+        record.update(env=env, measured_at=now)
+        write_record(path, record)
+
     reasons = available()
     for method in args.methods:
         if reasons[method] is not None:
@@ -332,42 +344,30 @@ def main(argv: list[str] | None = None) -> int:
             continue
         record["unavailable"].pop(method, None)
         entry = record["methods"].setdefault(method, {})
-        if args.part != "time" and "peak_bytes" not in entry:
-            command = [sys.executable, str(HERE / "benchmark_mtp.py"), "--measure", method]
-            command += [word for name, value in shape.items() for word in (f"--{name}", str(value))]
-            result = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ) | MALLOC)
-            if result.returncode:
-                print(f"benchmark_mtp.py: {method} did not run:\n{result.stderr[-2000:]}", file=sys.stderr)
-                return 1
+        if args.part == "time" or "peak_bytes" in entry:
+            continue
+        command = [sys.executable, str(HERE / "benchmark_mtp.py"), "--measure", method]
+        command += [word for name, value in shape.items() for word in (f"--{name}", str(value))]
+        result = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ) | MALLOC)
+        if OUT_OF_MEMORY.search(result.stderr):
+            entry |= {"out_of_memory": True, "peak_bytes": None}
+            print(f"{case} {method}: out of memory", flush=True)
+        elif result.returncode:
+            print(f"benchmark_mtp.py: {method} did not run:\n{result.stderr[-2000:]}", file=sys.stderr)
+            return 1
+        else:
             entry |= json.loads(result.stdout.splitlines()[-1])
-            resident = f", resident {entry['rss_rise_bytes'] / 2**20:,.1f}" if "rss_rise_bytes" in entry else ""
-            print(
-                f"{case} {method}: {entry['peak_bytes'] / 2**20:,.1f} MiB{resident} ({entry['counted_on']})",
-                flush=True,
-            )
+            print(f"{case} {method}: {entry['peak_bytes'] / 2**20:,.1f} MiB ({entry['counted_on']})", flush=True)
+        keep()
     if args.part != "memory":
         methods = [m for m in args.methods if reasons[m] is None and not does_not_fit(args, m)]
-        measure_times(args, methods, record)
+        methods = [m for m in methods if not record["methods"][m].get("out_of_memory")]
+        measure_times(args, methods, record, keep)
         for method in methods:
             seconds = [done[method] for done in record["rounds"] if method in done]
             if seconds:
                 print(f"{case} {method}: {statistics.median(seconds):.2f} s, n = {len(seconds)}", flush=True)
-    if record == before:
-        print(f"benchmark_mtp.py: {path}: done before")
-        return 0
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    record |= {"env": env, "measured_at": now}
-    record["calls"] += [
-        {
-            "command": ["python", "experiments/benchmark_mtp.py", *(argv or sys.argv[1:])],
-            "repo_commit": env["repo_commit"],
-            "repo_dirty": env["repo_dirty"],
-            "measured_at": now,
-            "wall_s": time.perf_counter() - start,
-        }
-    ]
-    write_record(path, record)
-    print(f"benchmark_mtp.py: {path}")
+    print(f"benchmark_mtp.py: {path}" + ("" if "wall_s" in call else ": done before"))
     return 0
 
 

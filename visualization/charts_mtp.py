@@ -82,6 +82,7 @@ def loss_table(benchmarks: list[dict]) -> pd.DataFrame:
                     "peak_mib": None if peak is None else peak / MIB,
                     "returned_gradient_mib": entry.get("returned_gradient_bytes", 0) / MIB or None,
                     "counted_on": entry.get("counted_on"),
+                    "out_of_memory": entry.get("out_of_memory", False),
                     "below_naive": 1 - peak / naive if peak and naive and method != "naive" else None,
                     "rss_rise_mib": entry["rss_rise_bytes"] / MIB if entry.get("rss_rise_bytes") else None,
                     "time_median_s": statistics.median(seconds) if seconds else None,
@@ -124,7 +125,7 @@ def loss_markdown(table: pd.DataFrame, benchmarks: list[dict]) -> str:
             lines.append(
                 [
                     LOOKS[row["method"]][0],
-                    shown(row["peak_mib"], "{:,.1f}") + fake,
+                    "out of memory" if row["out_of_memory"] else shown(row["peak_mib"], "{:,.1f}") + fake,
                     shown(row["below_naive"], "{:.1%}"),
                     shown(row["rss_rise_mib"], "{:,.0f}"),
                     shown(row["time_median_s"], "{:.2f}") + count,
