@@ -3,7 +3,7 @@
     python experiments/benchmark_mtp.py --vocab 151936 --n_future 4
 
 Memory: each method in a fresh process, in bytes that PyTorch's allocator had given out above the inputs (the gradients
-it returns included) and as the rise of resident memory. What does not fit is counted on fake tensors and marked so.
+it returns included). What does not fit is counted on fake tensors and marked so.
 Time: the methods in turn, round after round, in one process without a meter. Exactness: loss and gradients against the
 naive ones of the same process. The record is results/runs/<set>/benchmark/<case>.json; what is done is skipped and
 missing rounds are added, so it may be interrupted.
@@ -18,7 +18,6 @@ import importlib
 import importlib.metadata
 import itertools
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -30,8 +29,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from run_matrix import MALLOC  # noqa: E402
-from train import environment, status_kib, write_record  # noqa: E402
+from train import environment, write_record  # noqa: E402
 
 from lowmem.live_bytes import LiveBytes  # noqa: E402
 from lowmem.mtp_backward import sequential_mtp_backward  # noqa: E402
@@ -212,10 +210,7 @@ def measure_memory(args) -> dict:
         tensors = inputs(args)
         if args.measure == "cce-compile":  # it allocates to compile
             gradients_of(method, tensors)
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-        before = status_kib("VmRSS")
         found = {"counted_on": "allocator", "peak_bytes": count_allocated(lambda: gradients_of(method, tensors))}
-        found["rss_rise_bytes"] = (status_kib("VmHWM") - before) * 1024
     found["returned_gradient_bytes"] = sum(x.numel() * x.element_size() for x in tensors[:2])
     return found
 
@@ -354,7 +349,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         command = [sys.executable, str(HERE / "benchmark_mtp.py"), "--measure", method]
         command += [word for name, value in shape.items() for word in (f"--{name}", str(value))]
-        result = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ) | MALLOC)
+        result = subprocess.run(command, capture_output=True, text=True)
         if OUT_OF_MEMORY.search(result.stderr):
             entry |= {"out_of_memory": True, "peak_bytes": None}
             print(f"{case} {method}: out of memory", flush=True)

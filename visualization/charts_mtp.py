@@ -84,7 +84,6 @@ def loss_table(benchmarks: list[dict]) -> pd.DataFrame:
                     "counted_on": entry.get("counted_on"),
                     "out_of_memory": entry.get("out_of_memory", False),
                     "below_naive": 1 - peak / naive if peak and naive and method != "naive" else None,
-                    "rss_rise_mib": entry["rss_rise_bytes"] / MIB if entry.get("rss_rise_bytes") else None,
                     "time_median_s": statistics.median(seconds) if seconds else None,
                     "time_ratio": statistics.median(ratios) if ratios else None,
                     "time_ratio_min": ratios[0] if ratios else None,
@@ -103,7 +102,7 @@ def shown(value, text: str) -> str:
 
 
 def loss_markdown(table: pd.DataFrame, benchmarks: list[dict]) -> str:
-    header = ["method", "peak MiB", "below naive", "resident rise MiB", "seconds", "time / naive", "gradient off by"]
+    header = ["method", "peak MiB", "below naive", "seconds", "time / naive", "gradient off by"]
     threads = sorted({record["env"]["threads"] for record in benchmarks})
     parts = [
         "# Multi-token-prediction loss: memory and time\n",
@@ -127,7 +126,6 @@ def loss_markdown(table: pd.DataFrame, benchmarks: list[dict]) -> str:
                     LOOKS[row["method"]][0],
                     "out of memory" if row["out_of_memory"] else shown(row["peak_mib"], "{:,.1f}") + fake,
                     shown(row["below_naive"], "{:.1%}"),
-                    shown(row["rss_rise_mib"], "{:,.0f}"),
                     shown(row["time_median_s"], "{:.2f}") + count,
                     ratio,
                     shown(row["gradient_difference_relative"], "{:.1e}"),
@@ -138,7 +136,7 @@ def loss_markdown(table: pd.DataFrame, benchmarks: list[dict]) -> str:
     notes = [
         "Peak: bytes that PyTorch's allocator gave out above the inputs, inside operators too, with the returned "
         "gradients of hidden states and head.",
-        "`\\*` counted on fake tensors: it does not fit here. Resident rise: of the process, with the meter's list.",
+        "`\\*` counted on fake tensors: it does not fit here.",
         "seconds: median of n rounds; time / naive: median (smallest to largest) of the ratios of each round, all "
         "methods in turn in one process.",
         "gradient off by: largest distance from the naive gradients over their largest entry.",
