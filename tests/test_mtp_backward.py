@@ -117,11 +117,12 @@ def test_gradients_match_naive(way, tied, dtype, tolerance):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_autocast_gives_what_the_loss_gives_under_autocast():
+@pytest.mark.parametrize("way", [sequential, sequential_whole])
+def test_autocast_gives_what_the_loss_gives_under_autocast(way):
     reference = Model(tied=False)
     ours = copy.deepcopy(reference)
     ids = torch.randint(0, 61, (3, 9), generator=torch.Generator().manual_seed(2))
-    for model, one in ((reference, tiled), (ours, sequential)):
+    for model, one in ((reference, tiled), (ours, way)):
         with torch.autocast("cpu", torch.bfloat16):
             one(model, model.trunk(ids, None), ids, None, None, "mean")
     for (name, mine), theirs in zip(ours.named_parameters(), reference.named_parameters()):
@@ -192,7 +193,8 @@ def test_frozen_parts_stay_without_gradient():
     assert all(p.grad.abs().sum() > 0 for p in model.heads.parameters())
 
 
-def test_activations_of_one_head_live_at_a_time():
+@pytest.mark.parametrize("chunk_vocab", [125, 500])
+def test_activations_of_one_head_live_at_a_time(chunk_vocab):
     def peak(way, n_future):
         torch.manual_seed(0)
         heads = nn.ModuleList(
@@ -207,7 +209,7 @@ def test_activations_of_one_head_live_at_a_time():
         meter.track([base, *(x for p in (*heads.parameters(), weight) for x in (p, p.grad))])
         before = meter.live_bytes
         with meter:
-            hidden, settings = base * 1, dict(chunk_tokens=256, chunk_vocab=500)
+            hidden, settings = base * 1, dict(chunk_tokens=256, chunk_vocab=chunk_vocab)
             if way == "sequential":
                 sequential_mtp_backward(hidden, heads, weight, labels, **settings)
             else:
