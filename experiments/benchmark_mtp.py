@@ -338,12 +338,13 @@ def main(argv: list[str] | None = None) -> int:
         write_record(path, record)
 
     reasons = available()
+    unavailable = {method: why for method, why in reasons.items() if why and method not in record["methods"]}
+    if unavailable != record["unavailable"]:
+        record["unavailable"] = unavailable
+        keep()
     for method in args.methods:
         if reasons[method] is not None:
-            if method not in record["methods"]:
-                record["unavailable"][method] = reasons[method]
             continue
-        record["unavailable"].pop(method, None)
         entry = record["methods"].setdefault(method, {})
         if args.part == "time" or "peak_bytes" in entry:
             continue

@@ -125,14 +125,16 @@ def loss_markdown(table: pd.DataFrame, benchmarks: list[dict]) -> str:
                 [
                     LOOKS[row["method"]][0],
                     "out of memory" if row["out_of_memory"] else shown(row["peak_mib"], "{:,.1f}") + fake,
-                    shown(row["below_naive"], "{:.1%}"),
+                    shown(row["below_naive"], "{:.1%}").replace("-0.0%", "0.0%"),
                     shown(row["time_median_s"], "{:.2f}") + count,
                     ratio,
                     shown(row["gradient_difference_relative"], "{:.1e}"),
                 ]
             )
         parts.append(markdown_rows(header, lines))
-    pending = {LOOKS[m][0]: why for record in benchmarks for m, why in record["unavailable"].items()}
+    measured = {method for record in benchmarks for method in record["methods"]}
+    unavailable = {m: why for record in benchmarks for m, why in record["unavailable"].items() if m not in measured}
+    pending = {LOOKS[method][0]: unavailable.get(method, "not run") for method in LOOKS if method not in measured}
     notes = [
         "Peak: bytes that PyTorch's allocator gave out above the inputs, inside operators too, with the returned "
         "gradients of hidden states and head.",
