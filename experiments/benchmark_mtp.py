@@ -2,20 +2,22 @@
 
     python experiments/benchmark_mtp.py --vocab 151936 --n_future 4
 
-Memory: each method in a fresh process, in bytes of live tensors above its inputs (the gradients it returns included)
-and as the rise of resident memory. What does not fit is counted on fake tensors and marked so. Time: all methods in
-turn, round after round, in one process without a meter. Exactness: loss and gradients against the naive ones of the
-same process. The record is results/runs/<set>/benchmark/<case>.json; a case that is done is skipped.
+Memory: each method in a fresh process, in bytes that PyTorch's allocator had given out above the inputs (the gradients
+it returns included). What does not fit is counted on fake tensors and marked so.
+Time: the methods in turn, round after round, in one process without a meter. Exactness: loss and gradients against the
+naive ones of the same process. The record is results/runs/<set>/benchmark/<case>.json; what is done is skipped and
+missing rounds are added, so it may be interrupted.
 
-cut-cross-entropy is measured where it can be imported (put it on PYTHONPATH), Liger and cut-cross-entropy's own kernel
-where there is a GPU as well.
+cut-cross-entropy is measured where it can be imported (with triton, which it imports even for its torch_compile; put
+both on PYTHONPATH), Liger and cut-cross-entropy's own kernel where there is a GPU as well.
 """
 
 import argparse
 import datetime
-import importlib.util
+import importlib
+import importlib.metadata
+import itertools
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -27,18 +29,20 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from run_matrix import MALLOC  # noqa: E402
-from train import environment, status_kib, write_record  # noqa: E402
+from train import environment, write_record  # noqa: E402
 
 from lowmem.live_bytes import LiveBytes  # noqa: E402
+from lowmem.mtp_backward import sequential_mtp_backward  # noqa: E402
 from lowmem.mtp_logits import compute_mtp_ce_loss  # noqa: E402
 from lowmem.mtp_loss import mtp_ce_loss  # noqa: E402
 from lowmem.mtp_targets import shift_labels  # noqa: E402
 from mtp_config import library_sha256  # noqa: E402
+from run_outcome import OUT_OF_MEMORY  # noqa: E402
 
 SMALL_TILE = (128, 512)  # 256 KiB in float32, for comparison with what holds no more than that
+WHOLE_ROWS = 64  # at once on the whole vocabulary: 37 MiB of 151,936 in float32
 NAIVE_PEAK = 3.6  # of the naive loss, in sizes of its logits (measured: 3.5 at 4 heads, more at 1)
-LARGEST_NAIVE_BYTES = 4.6 * 2**30  # of live tensors; what needs more is counted on fake tensors
+LARGEST_NAIVE_BYTES = 9 * 2**30  # on a CPU; what needs more is counted on fake tensors
 FAKE = ("naive", "seed-del", "logits")
 
 
@@ -76,6 +80,13 @@ def ours_small_tile(hidden, weight, labels):
     return mtp_ce_loss(hidden, weight, labels, **tile)["weighted_ce_loss"]
 
 
+def ours_whole_vocabulary(hidden, weight, labels):
+    """The driver, with heads that are given hidden states; few rows at once, on the whole vocabulary."""
+    heads = [lambda _, k=k: hidden[:, :, k] for k in range(hidden.shape[2])]
+    tile = dict(chunk_tokens=WHOLE_ROWS, chunk_vocab=weight.shape[0])
+    return sequential_mtp_backward(hidden.detach()[:, :, 0], heads, weight, labels, **tile)["weighted_ce_loss"]
+
+
 def per_head(one):
     """The mean over the heads of `one(rows (N, H), weight, targets (N,))`."""
 
@@ -99,9 +110,12 @@ def one_call(one):
     return loss
 
 
-def torch_chunked(reduction):
+def torch_chunked(reduction, rows=None):
+    """PyTorch's own, with its own choice of the chunk or that of the caller."""
+    settings = {} if rows is None else dict(chunking_method=None, batch_chunk_size=rows)
+
     def one(hidden, weight, targets):
-        options = torch.nn.LinearCrossEntropyOptions()
+        options = torch.nn.LinearCrossEntropyOptions(**settings)
         return F.linear_cross_entropy(hidden, weight, targets, reduction=reduction, options=options)
 
     return one
@@ -127,27 +141,40 @@ METHODS = {
     "seed-del": seed_del,
     "torch-chunked-mean": per_head(torch_chunked("mean")),
     "torch-chunked-none": one_call(torch_chunked("none")),
+    "torch-chunked-64": per_head(torch_chunked("mean", rows=WHOLE_ROWS)),
     "cce-compile": one_call(cut_cross_entropy("torch_compile")),
     "cce-kernel": one_call(cut_cross_entropy("cce")),
     "liger": per_head(liger),
     "logits": ours_from_logits,
     "hidden": ours,
     "hidden-small-tile": ours_small_tile,
+    "whole-vocabulary": ours_whole_vocabulary,
 }
-SLOW = ("torch-chunked-mean", "torch-chunked-none")
+SLOW = ("torch-chunked-mean", "torch-chunked-none")  # 2 to 12 times the naive time
+PEERS = {"cce-compile": "cut_cross_entropy", "cce-kernel": "cut_cross_entropy", "liger": "liger_kernel"}
 
 
 def available() -> dict[str, str | None]:
     """Every method, with the reason if it cannot run here."""
     reasons = dict.fromkeys(METHODS)
-    for method, package in (("cce-compile", "cut_cross_entropy"), ("cce-kernel", "cut_cross_entropy")):
-        if importlib.util.find_spec(package) is None:
-            reasons[method] = f"{package} is not installed"
-    if importlib.util.find_spec("liger_kernel") is None:
-        reasons["liger"] = "liger_kernel is not installed"
     if not torch.cuda.is_available():
-        reasons |= dict.fromkeys(("cce-kernel", "liger"), "needs a GPU: pending")
+        reasons |= dict.fromkeys(("cce-kernel", "liger"), "pending: needs a GPU")
+    for method, package in PEERS.items():
+        try:
+            reasons[method] or importlib.import_module(package)
+        except ImportError as error:
+            reasons[method] = f"not installed: {error}"
     return reasons
+
+
+def peer_versions() -> dict[str, str]:
+    found = {}
+    for name in ("cut-cross-entropy", "liger-kernel", "triton"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def inputs(args):
@@ -160,75 +187,99 @@ def inputs(args):
     return hidden, weight.requires_grad_(), torch.randint(0, args.vocab, (args.batch, args.length), device=device)
 
 
+def does_not_fit(args, method: str) -> bool:
+    logits = args.batch * args.length * args.n_future * args.vocab * (4 if args.dtype == "float32" else 2)
+    return method in FAKE and NAIVE_PEAK * logits > LARGEST_NAIVE_BYTES and not torch.cuda.is_available()
+
+
 def measure_memory(args) -> dict:
     """Of one method, in this process."""
     method = METHODS[args.measure]
-    logits = args.batch * args.length * args.n_future * args.vocab * (4 if args.dtype == "float32" else 2)
-    fake = args.measure in FAKE and NAIVE_PEAK * logits > LARGEST_NAIVE_BYTES and not torch.cuda.is_available()
-    if fake:
+    if does_not_fit(args, args.measure):
         from torch._subclasses import FakeTensorMode
 
         with FakeTensorMode():
-            return {"counted_on": "fake tensors"} | count_live_bytes(method, inputs(args))
-    tensors = inputs(args)
-    if args.measure == "cce-compile":  # torch.compile does not run under a dispatch mode, and allocates to compile
-        method(*tensors).backward()
-        tensors[0].grad = tensors[1].grad = None
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-    before = status_kib("VmRSS")
-    if args.measure == "cce-compile":
-        method(*tensors).backward()
-        found = {"counted_on": "resident memory alone", "live_peak_bytes": None}
+            tensors = inputs(args)
+            meter = LiveBytes()
+            meter.track(tensors)
+            before = meter.live_bytes
+            with meter:
+                method(*tensors).backward()
+            found = {"counted_on": "fake tensors", "peak_bytes": meter.peak_bytes - before}
     else:
-        found = {"counted_on": "real tensors"} | count_live_bytes(method, tensors)
-    return found | {"rss_rise_bytes": (status_kib("VmHWM") - before) * 1024}
+        tensors = inputs(args)
+        if args.measure == "cce-compile":  # it allocates to compile
+            gradients_of(method, tensors)
+        found = {"counted_on": "allocator", "peak_bytes": count_allocated(lambda: gradients_of(method, tensors))}
+    found["returned_gradient_bytes"] = sum(x.numel() * x.element_size() for x in tensors[:2])
+    return found
 
 
-def count_live_bytes(method, tensors) -> dict:
-    meter = LiveBytes()
-    meter.track(tensors)
-    before = meter.live_bytes
-    with meter:
-        method(*tensors).backward()
+def gradients_of(method, tensors) -> torch.Tensor:
+    """The loss, detached; its gradients are in `.grad` of hidden states and weight."""
     hidden, weight, _ = tensors
-    returned = sum(x.numel() * x.element_size() for x in (hidden, weight))
-    return {"live_peak_bytes": meter.peak_bytes - before, "returned_gradient_bytes": returned}
+    hidden.grad = weight.grad = None
+    loss = method(*tensors)
+    if loss.requires_grad:  # the driver has done its backward
+        loss.backward()
+    return loss.detach()
 
 
-def measure_times(args, methods: list[str]) -> dict:
-    """`time_s` of every round and the distance from the naive loss and gradients, by method."""
+def count_allocated(work) -> int:
+    """Peak of the bytes that PyTorch's allocator gives out in `work()`, inside operators too."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
+
+
+def measure_times(args, methods: list[str], record: dict, keep) -> None:
+    """Adds rounds to `record`, and of every method its distance from the naive loss and gradients; calls `keep()`.
+
+    A round is the seconds of one run of each method, one after the other; `naive` is in every round where it fits.
+    Every method runs once before, on few tokens.
+    """
     tensors = inputs(args)
     hidden, weight, _ = tensors
-    reference, found = None, {method: {"time_s": []} for method in methods}
-
-    def run(method):
-        hidden.grad = weight.grad = None
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        loss = METHODS[method](*tensors)
-        loss.backward()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - start, loss.detach()
-
-    for number in range(args.rounds + 1):
+    reference = None
+    rounds, entries = record["rounds"], record["methods"]
+    wanted = {m: args.slow_rounds if m in SLOW else args.rounds for m in methods if m != "naive"}
+    missing = {m: count - sum(m in done for done in rounds) for m, count in wanted.items()}
+    if max(missing.values(), default=0) > 0:
+        few = inputs(argparse.Namespace(**(vars(args) | {"batch": 1, "length": args.n_future + 1, "vocab": 512})))
+        for method in methods:  # imports, and on a GPU kernels; what is compiled is compiled for these shapes
+            gradients_of(METHODS[method], tensors if method == "cce-compile" else few)
+    for number in range(max(missing.values(), default=0)):
+        done = {}
         for method in methods:
-            if method in SLOW and number not in range(1, 1 + args.slow_rounds):
+            if method != "naive" and missing[method] <= number:
                 continue
-            seconds, loss = run(method)
-            if number:  # the first round warms up
-                found[method]["time_s"].append(seconds)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            loss = gradients_of(METHODS[method], tensors)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            done[method] = time.perf_counter() - start
             if method == "naive" and reference is None:
-                reference = [loss, hidden.grad.clone(), weight.grad.clone()]
-            if reference and "loss_difference" not in found[method]:
-                distance = [
+                reference = loss, hidden.grad.clone(), weight.grad.clone()
+            elif reference and "gradient_difference_relative" not in entries[method]:
+                distances = (
                     (a - b).abs().max().item() / b.abs().max().item()
                     for a, b in zip((hidden.grad, weight.grad), reference[1:])
-                ]
-                found[method]["loss_difference"] = (loss - reference[0]).abs().item()
-                found[method]["gradient_difference_relative"] = max(distance)
-    return found
+                )
+                entries[method]["gradient_difference_relative"] = max(distances)
+                entries[method]["loss_difference"] = (loss - reference[0]).abs().item()
+        rounds.append(done)
+        keep()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -242,9 +293,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument(
-        "--rounds", type=int, default=3, help="of timing after one that warms up; 0 measures memory only"
-    )
+    parser.add_argument("--rounds", type=int, default=3, help="of timing")
     parser.add_argument("--slow_rounds", type=int, default=1, help="of timing of PyTorch's chunked loss")
     parser.add_argument("--part", default="both", choices=("both", "memory", "time"), help="measured and merged apart")
     parser.add_argument("--runs", default="results/runs/local/mtp", help="folder of the records")
@@ -263,50 +312,62 @@ def main(argv: list[str] | None = None) -> int:
     shape = {name: getattr(args, name) for name in ("vocab", "n_future", "batch", "length", "hidden_size", "dtype")}
     case = f"v{args.vocab}_n{args.n_future}_b{args.batch}_s{args.length}_h{args.hidden_size}_{args.dtype}"
     path = Path(args.runs) / "benchmark" / f"{case}.json"
-    env = environment() | {"mtp_sha256": library_sha256(), "threads": torch.get_num_threads()}
-    record = {"schema": 1, "case": case, "shape": shape, "methods": {}, "unavailable": {}}
+    env = environment() | {
+        "mtp_sha256": library_sha256(),
+        "threads": torch.get_num_threads(),
+        "peers": peer_versions(),
+    }
+    record = {"schema": 2, "case": case, "shape": shape, "methods": {}, "rounds": [], "unavailable": {}, "calls": []}
     if path.exists() and not args.force:
         known = json.loads(path.read_text())
-        if known["env"]["mtp_sha256"] == env["mtp_sha256"]:
+        if all(known["env"][name] == env[name] for name in ("mtp_sha256", "threads", "device", "torch")):
             record = known
+            env["peers"] = known["env"]["peers"] | env["peers"]
     start = time.perf_counter()
+    call = {"command": ["python", "experiments/benchmark_mtp.py", *(argv or sys.argv[1:])]}
+    call |= {name: env[name] for name in ("repo_commit", "repo_dirty")}
+
+    def keep() -> None:  # after every measurement: what is interrupted goes on from there
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        call.update(measured_at=now, wall_s=time.perf_counter() - start)
+        if record["calls"][-1:] != [call]:
+            record["calls"].append(call)
+        record.update(env=env, measured_at=now)
+        write_record(path, record)
+
     reasons = available()
+    unavailable = {method: why for method, why in reasons.items() if why and method not in record["methods"]}
+    if unavailable != record["unavailable"]:
+        record["unavailable"] = unavailable
+        keep()
     for method in args.methods:
         if reasons[method] is not None:
-            if method not in record["methods"]:
-                record["unavailable"][method] = reasons[method]
             continue
-        record["unavailable"].pop(method, None)
         entry = record["methods"].setdefault(method, {})
-        if args.part != "time" and "live_peak_bytes" not in entry:
-            command = [sys.executable, str(HERE / "benchmark_mtp.py"), "--measure", method]
-            command += [word for name, value in shape.items() for word in (f"--{name}", str(value))]
-            result = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ) | MALLOC)
-            if result.returncode:
-                print(f"benchmark_mtp.py: {method} did not run:\n{result.stderr[-2000:]}", file=sys.stderr)
-                return 1
+        if args.part == "time" or "peak_bytes" in entry:
+            continue
+        command = [sys.executable, str(HERE / "benchmark_mtp.py"), "--measure", method]
+        command += [word for name, value in shape.items() for word in (f"--{name}", str(value))]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if OUT_OF_MEMORY.search(result.stderr):
+            entry |= {"out_of_memory": True, "peak_bytes": None}
+            print(f"{case} {method}: out of memory", flush=True)
+        elif result.returncode:
+            print(f"benchmark_mtp.py: {method} did not run:\n{result.stderr[-2000:]}", file=sys.stderr)
+            return 1
+        else:
             entry |= json.loads(result.stdout.splitlines()[-1])
-            peaks = [entry.get(name) for name in ("live_peak_bytes", "rss_rise_bytes")]
-            words = ["-" if peak is None else f"{peak / 2**20:,.1f} MiB" for peak in peaks]
-            print(f"{case} {method}: live {words[0]}, resident {words[1]} ({entry['counted_on']})", flush=True)
-    if args.part != "memory" and args.rounds:
-        logits = args.batch * args.length * args.n_future * args.vocab * (4 if args.dtype == "float32" else 2)
-        too_large = FAKE if NAIVE_PEAK * logits > LARGEST_NAIVE_BYTES and not torch.cuda.is_available() else ()
-        methods = [m for m in args.methods if reasons[m] is None and m not in too_large]
-        methods = [m for m in methods if "time_s" not in record["methods"].get(m, {})]
-        if methods:
-            for method, times in measure_times(args, methods).items():
-                record["methods"][method] |= times
-                if times["time_s"]:
-                    print(f"{case} {method}: {statistics.median(times['time_s']):.2f} s", flush=True)
-    record |= {
-        "command": ["python", "experiments/benchmark_mtp.py", *(argv or sys.argv[1:])],
-        "env": env,
-        "measured_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "wall_s": time.perf_counter() - start,
-    }
-    write_record(path, record)
-    print(f"benchmark_mtp.py: {path}")
+            print(f"{case} {method}: {entry['peak_bytes'] / 2**20:,.1f} MiB ({entry['counted_on']})", flush=True)
+        keep()
+    if args.part != "memory":
+        methods = [m for m in args.methods if reasons[m] is None and not does_not_fit(args, m)]
+        methods = [m for m in methods if not record["methods"][m].get("out_of_memory")]
+        measure_times(args, methods, record, keep)
+        for method in methods:
+            seconds = [done[method] for done in record["rounds"] if method in done]
+            if seconds:
+                print(f"{case} {method}: {statistics.median(seconds):.2f} s, n = {len(seconds)}", flush=True)
+    print(f"benchmark_mtp.py: {path}" + ("" if "wall_s" in call else ": done before"))
     return 0
 
 

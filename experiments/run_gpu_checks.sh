@@ -12,6 +12,8 @@ Runs the tests that need a CUDA device, then, resumed where it stopped, one PART
   layers      the 57-million-parameter model: training peaks and paired step times of the shared prefix
   qwen3       shapes of Qwen3-0.6B and 4B in bfloat16 with LoRA, 8 completions of 256 tokens, 2K and 8K prompts: stock,
               ours, and stock with FlashAttention-2 where it is installed
+  mtp         the multi-token-prediction loss in bfloat16, 1 to 8 heads, against its peers (Liger's and
+              cut-cross-entropy's kernels where they are installed), and 128 rows of 128 tokens
 Records go to results/runs/SET. Each part takes under 10 minutes on a data-centre GPU. PYTHON names the interpreter
 (default: .venv/bin/python).
 EOF
@@ -49,10 +51,18 @@ qwen3() {  # the allocator's own peaks, without the live-bytes meter
   fi
 }
 
+mtp() {
+  benchmark() { "$python" experiments/benchmark_mtp.py --runs "$runs" --dtype bfloat16 --hidden_size 1024 "$@"; }
+  for vocab in 32000 151936; do
+    for n_future in 1 2 4 8; do benchmark --vocab $vocab --n_future $n_future --batch 8 --length 512 --rounds 5; done
+  done
+  benchmark --batch 128 --methods naive logits hidden whole-vocabulary cce-kernel liger
+}
+
 "$python" -m pytest -q -rs tests/test_gpu.py tests/test_logprobs.py tests/test_live_bytes.py
-for part in ${2:-published layers qwen3}; do
+for part in ${2:-published layers qwen3 mtp}; do
   case $part in
-    published | layers | qwen3) "$part" ;;
-    *) echo "run_gpu_checks.sh: unknown part $part; known: published, layers, qwen3" >&2; exit 2 ;;
+    published | layers | qwen3 | mtp) "$part" ;;
+    *) echo "run_gpu_checks.sh: unknown part $part; known: published, layers, qwen3, mtp" >&2; exit 2 ;;
   esac
 done

@@ -42,6 +42,7 @@ def train(config: MtpConfig, record: dict) -> None:
     if not held_out:
         raise ValueError("no validation row has reward 1; raise validation_rows or look at the data set's rewards")
     summary, log = record["summary"], {}
+    record["env"]["threads"] = torch.get_num_threads()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.set_default_device(device)

@@ -33,7 +33,7 @@ Heads = torch.Tensor | Sequence[torch.Tensor]
 
 
 class _HeadLosses(torch.autograd.Function):
-    """Losses (B, S, n) of all heads. `tensors`: the hidden states, then the weights; one for all heads or one each."""
+    """Losses (B, S, n) of all heads. `tensors`: the hidden states, then the weights, as `per_head` returns them."""
 
     @staticmethod
     def forward(ctx, targets, tile, num_hidden, *tensors):
@@ -44,8 +44,8 @@ class _HeadLosses(torch.autograd.Function):
         log_z = []
         for k in range(n_future):
             index = (flat[:, k] != IGNORE_INDEX).nonzero().squeeze(-1)
-            rows = of_head(hidden, k).reshape(-1, hidden[0].shape[-1])
-            head_losses, head_log_z = forward_rows(rows, index, of_head(weight, k), flat[index, k], tile, ctx.dtype)
+            rows, lm_head = rows_of_head(hidden, k), of_head(weight, k)
+            head_losses, head_log_z = forward_rows(rows, index, lm_head, flat[index, k], tile, ctx.dtype)
             losses[index, k] = head_losses
             log_z.append(head_log_z)
         ctx.save_for_backward(targets, *log_z, *tensors)
@@ -60,23 +60,23 @@ class _HeadLosses(torch.autograd.Function):
         log_z, tensors = saved[:n_future], saved[n_future:]
         hidden, weight = tensors[: ctx.num_hidden], tensors[ctx.num_hidden :]
         flat, grad_losses = targets.view(-1, n_future), grad_losses.reshape(-1, n_future)
+        # A row that heads share gets a sum, of which no part may be rounded; the row of one head is written once.
+        adds_up = (hidden[0].ndim == 3 and len(hidden) == 1,) * len(hidden) + (True,) * len(weight)
         grads = [
-            torch.zeros(x.shape, dtype=sum_dtype(x.dtype), device=x.device) if needed else None
-            for x, needed in zip(tensors, ctx.needs_input_grad[3:])
+            torch.zeros(x.shape, dtype=sum_dtype(x.dtype) if added else x.dtype, device=x.device) if needed else None
+            for x, added, needed in zip(tensors, adds_up, ctx.needs_input_grad[3:])
         ]
         grad_hidden, grad_weight = grads[: ctx.num_hidden], grads[ctx.num_hidden :]
         for k in range(n_future):
             index = (flat[:, k] != IGNORE_INDEX).nonzero().squeeze(-1)
-            size = hidden[0].shape[-1]
-            of_hidden = of_head(grad_hidden, k)
             backward_rows(
-                of_head(hidden, k).reshape(-1, size),
+                rows_of_head(hidden, k),
                 index,
                 of_head(weight, k),
                 flat[index, k],
                 log_z[k],
                 grad_losses[index, k],
-                None if of_hidden is None else of_hidden.view(-1, size),
+                rows_of_head(grad_hidden, k),
                 of_head(grad_weight, k),
                 ctx.tile,
                 ctx.dtype,
@@ -89,6 +89,14 @@ class _HeadLosses(torch.autograd.Function):
 def of_head(tensors: Sequence, k: int):
     """What head k uses: the only one, or its own."""
     return tensors[k if len(tensors) > 1 else 0]
+
+
+def rows_of_head(hidden: Sequence, k: int) -> torch.Tensor | None:
+    """The rows (R, H) of head k, a view wherever the hidden states are contiguous; None where they are."""
+    rows = of_head(hidden, k)
+    if rows is None:
+        return None
+    return (rows.select(2, k) if rows.ndim == 4 else rows).reshape(-1, rows.shape[-1])
 
 
 def mtp_token_losses(
@@ -180,7 +188,7 @@ def mtp_predictions(
     best = torch.full_like(flat, IGNORE_INDEX)
     for k in range(flat.shape[-1]):
         index = (flat[:, k] != IGNORE_INDEX).nonzero().squeeze(-1)
-        rows = of_head(hidden, k).reshape(-1, hidden[0].shape[-1])
+        rows = rows_of_head(hidden, k)
         best[index, k] = argmax_rows(rows, index, of_head(weight, k), tile, compute_dtype(rows))
     return best.view(targets.shape)
 
@@ -198,27 +206,25 @@ def number_of_heads(hidden: Heads, weight: Heads, n_future: int | None) -> int:
 
 
 def per_head(hidden: Heads, weight: Heads, targets: torch.Tensor) -> tuple[tuple, tuple]:
-    """Hidden states (B, S, H) and weights (V, H), each a tuple of one for all heads or of one per head.
+    """Hidden states and weights as tuples: one (B, S, H), one (B, S, n, H) or n (B, S, H); one (V, H) or n of them.
 
     Raises:
         ValueError: if they do not fit each other and the (B, S, n) targets.
     """
     batch, length, n_future = targets.shape
-    if not isinstance(hidden, torch.Tensor):
-        hiddens = tuple(hidden)
-    else:
-        hiddens = hidden.unbind(2) if hidden.ndim == 4 else (hidden,)
+    hiddens = (hidden,) if isinstance(hidden, torch.Tensor) else tuple(hidden)
     weights = (weight,) if isinstance(weight, torch.Tensor) else tuple(weight)
-    shared = isinstance(hidden, torch.Tensor) and hidden.ndim == 3
-    good = len(hiddens) == (1 if shared else n_future) and all(h.ndim == 3 for h in hiddens)
-    good = good and {h.shape for h in hiddens} == {(batch, length, hiddens[0].shape[-1])}
+    shapes, size = {h.shape[:-1] for h in hiddens}, hiddens[0].shape[-1] if hiddens else None
+    if isinstance(hidden, torch.Tensor):
+        good = shapes <= {(batch, length), (batch, length, n_future)}
+    else:
+        good = len(hiddens) == n_future and {h.shape for h in hiddens} == {(batch, length, size)}
     if not good:
         given = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else [tuple(h.shape) for h in hiddens]
         raise ValueError(
             f"hidden states are {given}; for labels ({batch}, {length}) and {n_future} heads expected "
             f"({batch}, {length}, H), ({batch}, {length}, {n_future}, H) or {n_future} tensors ({batch}, {length}, H)"
         )
-    size = hiddens[0].shape[-1]
     good = len(weights) == (1 if isinstance(weight, torch.Tensor) else n_future)
     if not good or any(w.ndim != 2 or w.shape[1] != size or w.shape != weights[0].shape for w in weights):
         given = [tuple(w.shape) for w in weights]

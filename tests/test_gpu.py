@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_shared_prefix_models import make_model
 
 from lowmem.live_bytes import LiveBytes
 from lowmem.logprobs import chunked_logprobs
+from lowmem.mtp_backward import sequential_mtp_backward
+from lowmem.mtp_logits import compute_mtp_ce_loss
+from lowmem.mtp_loss import mtp_ce_loss
 from lowmem.shared_prefix import PromptGroup, check_shared_prefix
 from lowmem.shared_prefix_generation import shared_prefix_generate
 
@@ -62,3 +66,57 @@ def test_shared_prefix_generates_the_greedy_tokens_of_stock():
     mask, options = torch.ones_like(ids), {"do_sample": False, "max_new_tokens": 16}
     stock = model.generate(ids.repeat_interleave(3, 0), attention_mask=mask.repeat_interleave(3, 0), **options)
     assert torch.equal(shared_prefix_generate(model, ids, mask, 3, **options), stock)
+
+
+def mtp_problem(dtype):
+    hidden, weight, targets = problem(dtype)
+    hidden = hidden.detach().view(4, 32, 4, 256).requires_grad_()  # 4 rows of 32 positions, 4 heads
+    return hidden, weight, targets[:128].view(4, 32)
+
+
+def naive_mtp(hidden, weight, labels):
+    logits = hidden @ weight.T
+    heads = (
+        F.cross_entropy(logits[:, :-k, k - 1].flatten(0, 1).float(), labels[:, k:].flatten()) for k in (1, 2, 3, 4)
+    )
+    return sum(heads) / 4
+
+
+@pytest.mark.parametrize("form", ["hidden", "whole vocabulary", "logits in place"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_multi_token_prediction_is_no_further_from_float32_than_naive(dtype, form):
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+    def ours(hidden, weight, labels):
+        if form == "hidden":
+            return mtp_ce_loss(hidden, weight, labels)["weighted_ce_loss"]
+        if form == "logits in place":
+            return compute_mtp_ce_loss(hidden @ weight.T, labels, inplace_backward=True)["weighted_ce_loss"]
+        heads = [lambda _, k=k: hidden[:, :, k] for k in range(4)]
+        tile = dict(chunk_tokens=16, chunk_vocab=weight.shape[0])
+        return sequential_mtp_backward(hidden.detach()[:, :, 0], heads, weight, labels, **tile)["weighted_ce_loss"]
+
+    def gradients(loss_of, dtype):
+        hidden, weight, labels = mtp_problem(dtype)
+        loss = loss_of(hidden, weight, labels)
+        if loss.requires_grad:
+            loss.backward()
+        return [loss.detach().float(), hidden.grad.float(), weight.grad.float()]
+
+    wide = [x.float().detach().requires_grad_() if x.is_floating_point() else x for x in mtp_problem(dtype)]
+    truth = [naive_mtp(*wide)]
+    truth[0].backward()
+    truth += [wide[0].grad, wide[1].grad]
+    for mine, stock, exact in zip(gradients(ours, dtype), gradients(naive_mtp, dtype), truth):
+        assert (mine - exact).norm() <= 1.05 * (stock - exact).norm() + 1e-5 * exact.norm()
+
+
+def test_multi_token_prediction_holds_a_tile():
+    hidden, weight, labels = mtp_problem(torch.bfloat16)
+    torch.cuda.synchronize()
+    start = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    mtp_ce_loss(hidden, weight, labels)["weighted_ce_loss"].backward()
+    torch.cuda.synchronize()
+    held = 6 * weight.numel() + 64 * 2**20  # the head's gradient in float32 and in its own type; tiles and workspaces
+    assert torch.cuda.max_memory_allocated() - start <= held

@@ -6,6 +6,7 @@ import pytest
 import torch
 from mtp_reference import naive_logits, naive_mtp_loss, padding_mask, some_weights
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from lowmem.live_bytes import LiveBytes
@@ -72,13 +73,21 @@ def tiled(model, hidden, labels, mask, weights, reduction):
     return loss
 
 
-def sequential(model, hidden, labels, mask, weights, reduction):
-    settings = dict(weights=weights, reduction=reduction, chunk_tokens=5, chunk_vocab=20)
+def sequential(model, hidden, labels, mask, weights, reduction, chunk_vocab=20):
+    settings = dict(weights=weights, reduction=reduction, chunk_tokens=5, chunk_vocab=chunk_vocab)
     weight = model.lm.lm_head.weight
     return sequential_mtp_backward(hidden, model.heads, weight, labels, mask, **settings)["weighted_ce_loss"]
 
 
-@pytest.mark.parametrize("way", [tiled, sequential])
+def sequential_whole(*args):
+    """Tiles of the whole vocabulary, which are not computed again."""
+    return sequential(*args, chunk_vocab=SHAPE["vocab_size"])
+
+
+WAYS = [tiled, sequential, sequential_whole]
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("weighting", ["none", "tokens", "predictions"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -93,7 +102,7 @@ def test_parameters_after_three_steps_match_naive(way, tied, weighting, reductio
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("way", [tiled, sequential])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_gradients_match_naive(way, tied, dtype, tolerance):
@@ -108,11 +117,12 @@ def test_gradients_match_naive(way, tied, dtype, tolerance):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_autocast_gives_what_the_loss_gives_under_autocast():
+@pytest.mark.parametrize("way", [sequential, sequential_whole])
+def test_autocast_gives_what_the_loss_gives_under_autocast(way):
     reference = Model(tied=False)
     ours = copy.deepcopy(reference)
     ids = torch.randint(0, 61, (3, 9), generator=torch.Generator().manual_seed(2))
-    for model, one in ((reference, tiled), (ours, sequential)):
+    for model, one in ((reference, tiled), (ours, way)):
         with torch.autocast("cpu", torch.bfloat16):
             one(model, model.trunk(ids, None), ids, None, None, "mean")
     for (name, mine), theirs in zip(ours.named_parameters(), reference.named_parameters()):
@@ -150,6 +160,30 @@ def heads_logits(model, ids):
     return naive_logits([head(hidden) for head in model.heads], model.lm.lm_head.weight)
 
 
+def test_a_tile_of_the_whole_vocabulary_is_projected_once():
+    class CountProducts(TorchDispatchMode):
+        flops = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+                self.flops += args[-2].shape[0] * args[-2].shape[1] * args[-1].shape[1]
+            return func(*args, **(kwargs or {}))
+
+    weight, labels = nn.Parameter(torch.randn(300, 16)), torch.randint(0, 300, (2, 40))
+    weights = torch.ones(2, 40, 2)
+    weights[0, 3, 0] = 0  # projected for its loss, and no more
+    flops, losses = {}, {}
+    for chunk_vocab in (100, 300):
+        hidden = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        settings = dict(weights=weights, chunk_tokens=16, chunk_vocab=chunk_vocab)
+        with CountProducts() as counter:
+            found = sequential_mtp_backward(hidden, [nn.Identity()] * 2, weight, labels, **settings)
+        flops[chunk_vocab], losses[chunk_vocab] = counter.flops / (300 * 16), found["losses"]
+    predictions = 2 * (39 + 38)
+    assert flops == {100: 4 * predictions - 3, 300: 3 * predictions - 2}
+    torch.testing.assert_close(losses[300], losses[100])
+
+
 def test_frozen_parts_stay_without_gradient():
     model = Model(tied=False).double()
     model.lm.requires_grad_(False)
@@ -159,7 +193,8 @@ def test_frozen_parts_stay_without_gradient():
     assert all(p.grad.abs().sum() > 0 for p in model.heads.parameters())
 
 
-def test_activations_of_one_head_live_at_a_time():
+@pytest.mark.parametrize("chunk_vocab", [125, 500])
+def test_activations_of_one_head_live_at_a_time(chunk_vocab):
     def peak(way, n_future):
         torch.manual_seed(0)
         heads = nn.ModuleList(
@@ -174,7 +209,7 @@ def test_activations_of_one_head_live_at_a_time():
         meter.track([base, *(x for p in (*heads.parameters(), weight) for x in (p, p.grad))])
         before = meter.live_bytes
         with meter:
-            hidden, settings = base * 1, dict(chunk_tokens=256, chunk_vocab=500)
+            hidden, settings = base * 1, dict(chunk_tokens=256, chunk_vocab=chunk_vocab)
             if way == "sequential":
                 sequential_mtp_backward(hidden, heads, weight, labels, **settings)
             else:

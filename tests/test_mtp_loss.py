@@ -151,6 +151,35 @@ def test_half_precision_sums_in_float32():
     torch.testing.assert_close(weight.grad[0], torch.full((4,), -512 * 7 / 8, dtype=torch.bfloat16))
 
 
+def test_the_gradient_of_shared_hidden_states_is_rounded_once():
+    _, hidden, weight, labels = problem(torch.bfloat16, n_future=8, hidden="shared", weight="each")
+    loss = mtp_ce_loss(hidden, weight, labels, reduction="sum")["weighted_ce_loss"]
+    parts = []
+    for k in range(8):  # one head at a time, in float32
+        targets = shift_labels(labels, None, 8)
+        targets[..., torch.arange(8) != k] = -100
+        wide = hidden.detach().float().requires_grad_()
+        losses = mtp_token_losses(wide, [w.detach().float() for w in weight], targets)
+        parts.append(torch.autograd.grad(losses.sum(), wide)[0])
+    exact, found = sum(parts), torch.autograd.grad(loss, hidden)[0].float()
+    added_rounded = sum((part.bfloat16() for part in parts), torch.zeros_like(hidden)).float()
+    assert (found - exact).norm() < 0.75 * (added_rounded - exact).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gradient_of_stacked_hidden_states_is_made_where_it_is_returned(dtype):
+    hidden = torch.randn(4, 128, 8, 64).to(dtype).requires_grad_()
+    weight, labels = torch.randn(500, 64).to(dtype), torch.randint(0, 500, (4, 128))
+    meter = LiveBytes()
+    meter.track([hidden, weight, labels])
+    before = meter.live_bytes
+    with meter:
+        loss = mtp_ce_loss(hidden, weight, labels, chunk_tokens=16, chunk_vocab=100)["weighted_ce_loss"]
+        loss.backward()
+    numbers = 4 * 128 * 8 * 40  # targets, losses, log-sum-exps, indices
+    assert meter.peak_bytes - before - hidden.numel() * dtype.itemsize <= 16 * 100 * 4 * 4 + numbers
+
+
 def test_parts_that_need_no_gradient_get_none():
     _, hidden, weight, labels = problem(torch.float64)
     reference = torch.autograd.grad(mtp_ce_loss(hidden, weight, labels)["weighted_ce_loss"], (hidden, weight))
