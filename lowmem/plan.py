@@ -13,6 +13,7 @@ GPU is claimed: docs/planner.md. Exit status: 0 fits, 1 tight or does not fit, 2
 import argparse
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import get_type_hints
@@ -221,13 +222,16 @@ def run(args: argparse.Namespace) -> int:
 
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    from lowmem.plan_host import host_memory
+    from lowmem import plan_host
     from lowmem.plan_search import maximize, ranked_fixes, recommend
     from lowmem.plan_step import model_config, simulate
 
     def simulated(other: PlanConfig):
         return sharded(simulate(other, cuda=not args.cpu), other)
 
+    config = model_config(plan)
+    pool = ThreadPoolExecutor(1)
+    measuring = pool.submit(plan_host.measure_process)  # a process of its own, beside the simulation
     head = []
     if args.maximize:
         found = maximize(plan, args.maximize, device, unseen, simulated)
@@ -256,14 +260,13 @@ def run(args: argparse.Namespace) -> int:
         head.append(f"recommended of {best.tried} candidates: {said} (confirmed by a full simulation)")
     else:
         step = simulated(plan)
-    config = model_config(plan)
     verdict = judge(step.needed_bytes, device, unseen) if device else None
     fixes, refused = [], []
     if args.fixes or (verdict and verdict.verdict != FITS and not args.recommend):
         fixes, refused = ranked_fixes(plan, step, simulated)
     width = {"float32": 4, "float64": 8}.get(plan.dtype, 2)
     text = config.get_text_config(decoder=True)
-    host = host_memory(
+    host = plan_host.host_memory(
         step.parameters * width,
         text.vocab_size * text.hidden_size * width,
         step.trainable,
@@ -271,6 +274,7 @@ def run(args: argparse.Namespace) -> int:
         workers=plan.dataloader_num_workers,
         offload_optimizer=plan.offload_optimizer,
         on_device=not args.cpu,
+        measured=measuring.result(),
     )
 
     result = {

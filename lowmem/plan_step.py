@@ -19,6 +19,7 @@ from lowmem.plan_cuda import like_cuda
 from lowmem.plan_memory import MemoryTrace
 from lowmem.plan_models import build_model, is_encoder_decoder, load_config
 from lowmem.plan_rollout import branch_forward, distinct, generate, make_prompts, prompt_groups, response_logps, score
+from lowmem.recompute import recompute_activations
 from lowmem.shared_prefix import shared_prefix_backward
 
 STEPS = 2
@@ -134,8 +135,8 @@ def _run(plan: PlanConfig, config: PretrainedConfig, whole: bool) -> StepMemory:
     )
     if reference is not None and plan.lm_head == "chunked":
         add_logprob_head(reference)
-    if plan.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if plan.recomputed_share:
+        recompute_activations(model, ratio=plan.recomputed_share, selective=plan.selective_checkpointing)
         if plan.lora_rank:
             model.enable_input_require_grads()
     if plan.lora_rank:
