@@ -12,6 +12,8 @@ Runs the tests that need a CUDA device, then, resumed where it stopped, one PART
   layers      the 57-million-parameter model: training peaks and paired step times of the shared prefix
   qwen3       shapes of Qwen3-0.6B and 4B in bfloat16 with LoRA, 8 completions of 256 tokens, 2K and 8K prompts: stock,
               ours, and stock with FlashAttention-2 where it is installed
+  planner     lowmem.plan: 24 configurations, allocated and reserved bytes against the prediction (SET/planner.json), and
+              the calibration of this card (SET/calibration.json)
 Records go to results/runs/SET. Each part takes under 10 minutes on a data-centre GPU. PYTHON names the interpreter
 (default: .venv/bin/python).
 EOF
@@ -49,10 +51,15 @@ qwen3() {  # the allocator's own peaks, without the live-bytes meter
   fi
 }
 
+planner() {
+  "$python" experiments/validate_planner_cuda.py --runs "$runs"
+  "$python" -m lowmem.plan --calibrate "$runs/calibration.json"
+}
+
 "$python" -m pytest -q -rs tests/test_gpu.py tests/test_logprobs.py tests/test_live_bytes.py
-for part in ${2:-published layers qwen3}; do
+for part in ${2:-published layers qwen3 planner}; do
   case $part in
-    published | layers | qwen3) "$part" ;;
-    *) echo "run_gpu_checks.sh: unknown part $part; known: published, layers, qwen3" >&2; exit 2 ;;
+    published | layers | qwen3 | planner) "$part" ;;
+    *) echo "run_gpu_checks.sh: unknown part $part; known: published, layers, qwen3, planner" >&2; exit 2 ;;
   esac
 done

@@ -180,7 +180,14 @@ def training_yaml(plan: PlanConfig) -> dict:
     unknown = [name for name in ("offload_optimizer",) if getattr(plan, name)]
     if unknown or plan.ranks > 1:
         raise ValueError("experiments/train.py has no setting for offload_optimizer or ranks; leave them out")
-    variant = "shared-prefix" if plan.shared_prefix else "string-level" if plan.lm_head == "chunked" else "upstream@1"
+    partly = plan.selective_checkpointing or plan.gradient_checkpointing_ratio is not None
+    if partly and not plan.shared_prefix and plan.lm_head == "chunked":
+        raise ValueError(
+            "experiments/train.py recomputes part of the activations in the v1.16.0 tree and has chunked "
+            "log-probabilities in the v0.20.0 tree; leave one of them out"
+        )
+    variant = "shared-prefix" if plan.shared_prefix else "memory" if partly else "upstream@1"
+    variant = "string-level" if variant == "upstream@1" and plan.lm_head == "chunked" else variant
     names = ("model", "dtype", "prompt_tokens", "prompt_tokens_min", "response_tokens", "rloo_k", "prompts_per_step")
     names += ("rows_per_micro_batch", "kl_coef", "lora_rank", "gradient_checkpointing")
     if variant == "string-level":
@@ -189,7 +196,11 @@ def training_yaml(plan: PlanConfig) -> dict:
         names += ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         names += ("num_key_value_heads", "head_dim", "max_position_embeddings")
     values = {name: getattr(plan, name) for name in names}
-    return {"variant": variant} | {name: value for name, value in values.items() if value is not None}
+    memory = {"selective_checkpointing": plan.selective_checkpointing or None}
+    memory["gradient_checkpointing_ratio"] = plan.gradient_checkpointing_ratio
+    memory = {name: value for name, value in memory.items() if value is not None}
+    settings = {"variant": variant} | {name: value for name, value in values.items() if value is not None}
+    return settings | ({"memory": memory} if memory else {})
 
 
 def main(argv: list[str] | None = None) -> int:

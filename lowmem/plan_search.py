@@ -34,17 +34,6 @@ def line(x0: float, y0: dict[str, int], x1: float, y1: dict[str, int]) -> Callab
 
 
 def with_value(plan: PlanConfig, what: str, value: int) -> PlanConfig:
-    if what == "micro_batch":
-        rows = plan.rows_per_step
-        return (
-            changed(plan, rows_per_micro_batch=value)
-            if rows % value == 0
-            else changed(
-                plan,
-                rows_per_micro_batch=value,
-                prompts_per_step=value if plan.method not in ("rloo", "grpo") else plan.prompts_per_step,
-            )
-        )
     if what == "k" and plan.rows_per_micro_batch:
         rows = plan.prompts_per_step * value
         largest = max(r for r in range(1, plan.rows_per_micro_batch + 1) if rows % r == 0)

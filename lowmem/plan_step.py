@@ -113,10 +113,11 @@ def simulate(plan: PlanConfig, config: PretrainedConfig | None = None, *, cuda: 
     return result
 
 
-def execute(plan: PlanConfig, config: PretrainedConfig | None = None) -> StepMemory:
-    """Runs the plan's step really, on the CPU, generating every token."""
+def execute(plan: PlanConfig, config: PretrainedConfig | None = None, *, device: str = "cpu") -> StepMemory:
+    """Runs the plan's step really, generating every token."""
     start = time.perf_counter()
-    result = _run(plan, config or model_config(plan), whole=True)
+    with torch.device(device):
+        result = _run(plan, config or model_config(plan), whole=True)
     result.wall_s = time.perf_counter() - start
     return result
 
