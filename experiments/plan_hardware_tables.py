@@ -95,9 +95,9 @@ def markdown(table: list[dict]) -> str:
     lengths = f"{INPUT_TOKENS} + {TARGET_TOKENS}"
     lines = [
         f"Peaks of one SFT step, {lengths} tokens, AdamW, kernels of CUDA, GiB of live tensors: simulated in full",
-        'at the guideline\'s batch. "Guideline" is its expected use in GB, "rule" its formula. The largest batch that fits',
-        f"is read off lines through small batches and few layers, at most {max(errors):.2%} from the full ones. Not",
-        "run on a card.",
+        'at the guideline\'s batch. "Guideline" is its expected use in GB, "rule" its formula. The largest batch that',
+        f"fits is read off lines through small batches and few layers, at most {max(errors):.2%} from the full ones.",
+        "Not run on a card.",
         "",
         "| device | model | batch | guideline | "
         + " | ".join(f"{name}: rule | simulated | verdict | largest batch" for name in SETTINGS)
