@@ -155,6 +155,10 @@ class DryRun(TorchDispatchMode):
             args = (args[0], [part for index in args[1] for part in _positions(index)], *args[2:])
             key, tensors = [func], []
             _signature(args, key, tensors)
+        elif func in _RESHAPES:  # of the tensor itself; no data is touched
+            with torch._C._DisableTorchDispatch():
+                func(*args, **kwargs)
+            return args[0]
         key = tuple(key)
         known = self._known.get(key)
         if known is None:
@@ -249,6 +253,9 @@ def _selected(dry: DryRun, tensor: torch.Tensor, mask: torch.Tensor):
     count = mask.numel() if isinstance(mask, Shape) else int(mask.broadcast_to(tensor.shape).sum())
     return _new((count,), (1,), 0, tensor.dtype, count * tensor.element_size())
 
+
+_RESHAPES = {aten.unsqueeze_.default, aten.t_.default, aten.transpose_.default, aten.as_strided_.default}
+_RESHAPES |= {aten.squeeze_.default, aten.squeeze_.dim, aten.squeeze_.dims}
 
 _ANSWERS = {
     aten._local_scalar_dense.default: _item,

@@ -140,6 +140,28 @@ def test_dry_run_counts_what_a_real_run_counts_and_keeps_integers_real():
     assert dry == step()
 
 
+def test_dry_run_returns_the_shapes_strides_and_storages_of_real_operators():
+    def outputs():
+        x, y = torch.rand(4, 6), torch.rand(6, 5)
+        made = [x @ y, x.t(), x.t()[1:, ::2], x.add_(1), x.expand(3, 4, 6), *x.split(3, 1), x.view(torch.int32)]
+        made += [
+            *x.max(1),
+            *torch.linalg.qr(x),
+            torch.cat([x, x.t().reshape(4, 6)]),
+            x.to(torch.bfloat16),
+            x.new_zeros(2),
+        ]
+        made += [*torch._foreach_mul([x, y], 2.0), x[torch.tensor([0, 2])], x.softmax(-1), x.sum(), x.unsqueeze_(0)]
+        made += [torch.nn.functional.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])]
+        same = [tensor.untyped_storage()._cdata == x.untyped_storage()._cdata for tensor in made]
+        sizes = [tensor.untyped_storage().nbytes() for tensor in made]
+        return same, sizes, [(tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype) for tensor in made]
+
+    with DryRun():
+        first, again = outputs(), outputs()  # the second time from what is known
+    assert first == again == outputs()
+
+
 def test_a_kernel_without_a_fake_is_named():
     library = torch.library.Library("plan_test", "DEF")  # noqa: TOR901
     library.define("secret(Tensor x) -> Tensor")
@@ -171,6 +193,9 @@ def test_verdicts_turn_at_their_limits():
 def test_devices_are_found_by_name_and_size():
     assert device_bytes("RTX 3090") == device_bytes("rtx3090") == device_bytes("24GiB") == 24 * 2**30
     assert device_bytes("800MiB") == 800 * 2**20
+    names = {"NVIDIA GeForce RTX 4090": 24, "NVIDIA A100-SXM4-80GB": 80, "NVIDIA A100-PCIE-40GB": 40, "Tesla T4": 15}
+    names |= {"NVIDIA H100 80GB HBM3": 80, "NVIDIA L4": 22.5, "RTX 5090": 32, "H200": 131, "A100": 80}
+    assert {name: device_bytes(name) / 2**30 for name in names} == names
     for bad in ("0", "0GiB", "-3", "RTX 9999", "nan"):
         with pytest.raises(ValueError, match="give"):
             device_bytes(bad)
