@@ -180,18 +180,31 @@ class Recommendation:
     time_ratio: float | None
 
 
-def recommend(plan: PlanConfig, device: int, unseen: Unseen, run: Simulate, *, cuda: bool) -> Recommendation | None:
+def recommend(
+    plan: PlanConfig,
+    device: int,
+    unseen: Unseen,
+    run: Simulate,
+    *,
+    cuda: bool,
+    allowed: Callable[[PlanConfig], bool] | None = None,
+) -> Recommendation | None:
     """The cheapest plan that fits, over recomputation x micro-batch x optimizer x LoRA x strategies.
 
     Cheapest: first what trains the same parameters on the device, then fewest operations, then the largest
     micro-batch. LoRA (other parameters) and the host's optimizer (not timed) only where nothing else fits.
     Steps on the GPU are not timed; operations are.
+
+    Args:
+        allowed: which plans may be recommended; all by default.
     """
     drastic = [{}] + ([{"offload_optimizer": True}] if plan.optimizer == "adamw" and not plan.lora_rank else [])
     drastic += [{"lora_rank": 16}] if not plan.lora_rank else []
     tried = 0
     for extra in drastic:
-        priced = [candidate for base in strategies(plan) for candidate in _priced(plan, extra | base, cuda)]
+        bases = [extra | base for base in strategies(plan)]
+        bases = [base for base in bases if allowed is None or allowed(changed(plan, **base))]
+        priced = [candidate for base in bases for candidate in _priced(plan, base, cuda)]
         tried += len(priced)
         fitting = [c for c in priced if judge(c[0], device, unseen).verdict == FITS]
         off = 1.0  # how much a full simulation was above the line
