@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, UnsupportedOperatorException
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 aten = torch.ops.aten
@@ -40,6 +40,9 @@ class Shape(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise RuntimeError(f"{func} was called on a tensor without data outside its DryRun")
+
+    def tolist(self):
+        return self.item() if self.ndim == 0 else [part.tolist() for part in self]
 
     def __repr__(self):
         return f"Shape({tuple(self.shape)}, {self.dtype})"
@@ -166,7 +169,12 @@ class DryRun(TorchDispatchMode):
         return known.make(tensors)
 
     def _ask(self, func, args, kwargs, tensors) -> _Result:
-        """What `FakeTensorMode` returns for these arguments."""
+        """What `FakeTensorMode` returns for these arguments; modes around this one (a plan within a plan) do not see
+        it."""
+        with _disable_current_modes():
+            return self._asked(func, args, kwargs, tensors)
+
+    def _asked(self, func, args, kwargs, tensors) -> _Result:
         fakes = [self._fake(tensor) for tensor in tensors]
         order = iter(fakes)
         fake_args, fake_kwargs = tree_map_only(torch.Tensor, lambda _: next(order), (args, kwargs))

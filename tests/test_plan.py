@@ -159,7 +159,10 @@ def test_dry_run_returns_the_shapes_strides_and_storages_of_real_operators():
 
     with DryRun():
         first, again = outputs(), outputs()  # the second time from what is known
-    assert first == again == outputs()
+        with DryRun():
+            nested = outputs()
+        assert torch.rand(2, 3).tolist() == [[0.0] * 3] * 2
+    assert first == again == nested == outputs()
 
 
 def test_a_kernel_without_a_fake_is_named():
