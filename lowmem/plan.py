@@ -11,6 +11,7 @@ GPU is claimed: docs/planner.md. Exit status: 0 fits, 1 tight or does not fit, 2
 """
 
 import argparse
+import gc
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -255,6 +256,7 @@ def planned_for(args: argparse.Namespace) -> Planned:
     def simulated(other: PlanConfig):
         return sharded(simulate(other, cuda=not args.cpu), other)
 
+    gc.freeze()  # collections during a simulation need not look at the libraries
     with ThreadPoolExecutor(1) as pool:
         measuring = pool.submit(plan_host.measure_process)  # a process of its own, beside the simulation
         if args.maximize or args.recommend:
