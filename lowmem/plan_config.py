@@ -182,12 +182,14 @@ def from_training_file(settings: dict, *, nearest: bool = False) -> dict:
     on = {name for name, value in strategies.items() if value}
     other = sorted(on - STRATEGIES.keys() - set(STRATEGIES_WITHOUT_MEMORY))
     attention = settings.get("attn_implementation")
+    if attention and attention.startswith(("flash", "flex")):
+        attention = "sdpa"  # they keep the same: the output, and one statistic for each row
     if not nearest and other:
         raise ValueError(
             f"the memory section has {', '.join(other)}, which is not simulated here; expected {', '.join(STRATEGIES)}"
         )
     if not nearest and attention not in (None, "sdpa", "eager"):
-        raise ValueError(f"attn_implementation is {attention!r}, which is not simulated; expected sdpa or eager")
+        raise ValueError(f"attn_implementation is {attention!r}, which is not simulated; expected sdpa, eager or flash")
     plan |= known | ({"attention": attention} if attention in ("sdpa", "eager") else {})
     return plan | {key: value for key, value in settings.items() if key in names and value is not None}
 

@@ -329,8 +329,9 @@ def test_training_files_are_read_and_unknown_settings_named():
     assert plan.selective_checkpointing and not plan.offload_optimizer
     with pytest.raises(ValueError, match="sequence_parallelism, which is not simulated"):
         from_training_file({"memory": {"sequence_parallelism": 2}})
-    with pytest.raises(ValueError, match="flash_attention_2"):
-        from_training_file({"attn_implementation": "flash_attention_2"})
+    assert from_training_file({"attn_implementation": "flash_attention_2"}) == {"attention": "sdpa"}
+    with pytest.raises(ValueError, match="sparse.*not simulated"):
+        from_training_file({"attn_implementation": "sparse"})
 
 
 @pytest.mark.parametrize(
