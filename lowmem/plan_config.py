@@ -189,7 +189,7 @@ def from_training_file(settings: dict, *, nearest: bool = False) -> dict:
             f"the memory section has {', '.join(other)}, which is not simulated here; expected {', '.join(STRATEGIES)}"
         )
     if not nearest and attention not in (None, "sdpa", "eager"):
-        raise ValueError(f"attn_implementation is {attention!r}, which is not simulated; expected sdpa, eager or flash")
+        raise ValueError(f"attn_implementation is {attention!r}, not simulated; expected sdpa, eager or flash")
     plan |= known | ({"attention": attention} if attention in ("sdpa", "eager") else {})
     return plan | {key: value for key, value in settings.items() if key in names and value is not None}
 
