@@ -18,8 +18,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(HERE), str(ROOT)]
 
-from memory_samples import write_atomically  # noqa: E402
 from train import environment  # noqa: E402
+
+from memory_samples import write_atomically  # noqa: E402
 
 REPEATS = 3
 COMMON = "--model Qwen3-8B --method rloo --dtype bfloat16 --lm_head completion --prompt_tokens 2048".split()
