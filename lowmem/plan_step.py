@@ -37,8 +37,8 @@ class StepMemory:
         segment_peaks: as in `MemoryTrace`.
         workspace_bytes: inside kernels on a CPU, in half precision (`MemoryTrace.half_scratch_bytes`); 0 for CUDA.
         parameters, trainable: how many.
-        train_flops: of the matrix products and attention of one step's training, without its rollout; None where it was
-            not run whole and rows differ (a shared prefix with many micro-batches).
+        train_flops: of the matrix products and attention of one step's training, without its rollout; None where it
+            was not run whole and rows differ (a shared prefix with many micro-batches).
         num_ops: operators run without data, None in a real run.
         wall_s: seconds that this took.
     """
