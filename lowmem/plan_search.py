@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from lowmem.plan_config import ROLLOUT_METHODS, PlanConfig, changed
 from lowmem.plan_models import hidden_layers, with_layers
 from lowmem.plan_step import StepMemory, model_config, simulate
-from lowmem.plan_verdict import FITS, Unseen, judge
+from lowmem.plan_verdict import FITS, Unseen, judge, largest_peak
 
 Simulate = Callable[[PlanConfig], StepMemory]
 MAXIMIZED = {"k": "rloo_k", "micro_batch": "rows_per_micro_batch", "length": "response_tokens"}
@@ -204,7 +204,8 @@ def recommend(
     for extra in drastic:
         bases = [extra | base for base in strategies(plan)]
         bases = [base for base in bases if allowed is None or allowed(changed(plan, **base))]
-        priced = [candidate for base in bases for candidate in _priced(plan, base, cuda)]
+        limit = largest_peak(device, unseen)
+        priced = [candidate for base in bases for candidate in _priced(plan, base, cuda, limit)]
         tried += len(priced)
         fitting = [c for c in priced if judge(c[0], device, unseen).verdict == FITS]
         off = 1.0  # how much a full simulation was above the line
@@ -240,13 +241,18 @@ def strategies(plan: PlanConfig) -> list[dict]:
     return out
 
 
-def _priced(plan: PlanConfig, base: dict, cuda: bool) -> list[tuple[int, float, dict]]:
-    """(peak bytes, operations, changes) of every micro-batch size, from two sizes simulated at two depths; nothing for
-    what cannot be simulated."""
+def _priced(plan: PlanConfig, base: dict, cuda: bool, limit: int) -> list[tuple[int, float, dict]]:
+    """(peak bytes, operations, changes) of every micro-batch size, from two sizes simulated at two depths; only the
+    smallest where that is above the limit, and nothing for what cannot be simulated."""
     sizes = [rows for rows in range(1, plan.rows_per_step + 1) if plan.rows_per_step % rows == 0]
     sizes = [rows for rows in sizes if rows & (rows - 1) == 0 or rows == plan.rows_per_step]
+    points = []
     try:
-        points = [at_depth(changed(plan, **base, rows_per_micro_batch=rows), cuda) for rows in sizes[:2]]
+        for rows in sizes[:2]:
+            points.append(at_depth(changed(plan, **base, rows_per_micro_batch=rows), cuda))
+            if max(points[0][0].values()) > limit:
+                sizes = sizes[:1]
+                break
     except (ValueError, NotImplementedError, RuntimeError):
         return []
     if len(points) == 1:
