@@ -220,8 +220,8 @@ def run(args: argparse.Namespace) -> int:
         Path(args.write).write_text(yaml.safe_dump(training_yaml(planned.plan), sort_keys=False))
         device = f" --device '{args.device}'" if args.device else ""
         print(
-            f"settings for experiments/train.py in {args.write}; its trainer keeps more alive than this step, so before "
-            f"a long run: python experiments/plan_trainer.py --config {args.write}{device}",
+            f"settings for experiments/train.py in {args.write}; its trainer keeps more alive than this step, so "
+            f"before a long run: python experiments/plan_trainer.py --config {args.write}{device}",
             file=said,
         )
     if args.chart:

@@ -84,19 +84,19 @@ def maximize(plan: PlanConfig, what: str, device: int, unseen: Unseen, run: Simu
         guess = inside[-1] if inside else 0
     else:
         guess = len(values) - 1
-    # The line is confirmed or corrected by full simulations: the guess has to fit, the value after it must not
-    stride = 1
-    while True:
+    # The line is confirmed or corrected by full simulations, in growing steps from its guess and then by halves: a
+    # value has to fit, and the one after it must not
+    stride, below, above = 1, False, False
+    while high - low > 1:
         if fits(values[guess]):
-            low = max(low, guess)
-            if guess + 1 >= high:
-                break
-            guess, stride = min(guess + stride, high - 1), stride * 2
+            low, below = guess, True
         else:
-            high = guess
-            if high - low <= 1:
-                break
-            guess, stride = (low + high) // 2 if high - low > 2 * stride else low + 1, 1
+            high, above = guess, True
+        if below and above:
+            guess = (low + high) // 2
+        else:
+            guess = min(low + stride, high - 1) if below else max(high - stride, low + 1)
+            stride *= 2
     return values[low], known[values[low]]
 
 
