@@ -3,9 +3,8 @@
     python experiments/plan_trainer.py --config experiments/configs/cpu.yaml --variant baseline --rloo_k 8
 
 Settings are those of experiments/train.py. Nothing is replaced but the weights: TRL's own loop, generation, rewards
-and
-optimizer run on `lowmem.dry_run`, and `lowmem.live_bytes` counts as it does in a measured run. Prints one JSON object:
-`live_peak_bytes`, `live_peak_phase`, `live_peak_bytes_by_phase`, and with `--device` a verdict.
+and optimizer run on `lowmem.dry_run`, and `lowmem.live_bytes` counts as it does in a measured run. Prints one JSON
+object: `live_peak_bytes`, `live_peak_phase`, `live_peak_bytes_by_phase`, and with `--device` a verdict.
 """
 
 import argparse

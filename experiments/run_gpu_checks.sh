@@ -12,13 +12,20 @@ Runs the tests that need a CUDA device, then, resumed where it stopped, one PART
   layers      the 57-million-parameter model: training peaks and paired step times of the shared prefix
   qwen3       shapes of Qwen3-0.6B and 4B in bfloat16 with LoRA, 8 completions of 256 tokens, 2K and 8K prompts: stock,
               ours, and stock with FlashAttention-2 where it is installed
+  sentiment   the sentiment recipe in TinyLlama's shape with random weights: memory and time of PPO, RLOO and GRPO, and
+              PPO in 8 and 4 bits where bitsandbytes is installed
   mtp         the multi-token-prediction loss in bfloat16, 1 to 8 heads, against its peers (Liger's and
               cut-cross-entropy's kernels where they are installed), and 128 rows of 128 tokens
+  planner     lowmem.plan: 24 configurations, allocated and reserved bytes against the prediction (SET/planner.json), and
+              the calibration of this card (SET/calibration.json)
+  memory      the memory strategies that one GPU can show: recomputation, offloaded activations, gradients and AdamW on the
+              host (ZeRO-2 with a world of one), a recovery from a real out-of-memory, rows of 14,100 tokens
 Records go to results/runs/SET. Each part takes under 10 minutes on a data-centre GPU. PYTHON names the interpreter
 (default: .venv/bin/python).
 EOF
     [ -n "${1:-}" ] && exit 0 || exit 2 ;;
 esac
+parts="published layers qwen3 sentiment mtp planner memory"
 python=${PYTHON:-.venv/bin/python}
 runs=results/runs/$1
 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
@@ -51,6 +58,31 @@ qwen3() {  # the allocator's own peaks, without the live-bytes meter
   fi
 }
 
+sentiment() {
+  local model name scratch
+  model=$("$python" -c '
+import sys
+sys.path[:0] = ["experiments", "."]
+from sentiment.base_model import TINYLLAMA, BaseModel, base_model_folder
+print(base_model_folder(BaseModel(**TINYLLAMA), log=lambda *text, **_: None))' | tail -n 1)
+  scratch=$(mktemp -d)
+  recipe() {  # NAME OPTIONS...: skipped where the record says ok
+    name=$1
+    shift
+    if grep -qs '"status": "ok"' "$runs/sentiment/$name.json"; then return; fi
+    "$python" experiments/train_sentiment.py --model "$model" --dtype bfloat16 --epochs 20 --samples_per_prompt 10 \
+      --output_dir "$scratch" --restart True --record "$runs/sentiment/$name.json" "$@"
+  }
+  recipe ppo
+  recipe rloo_k2 --algorithm rloo --k 2
+  recipe grpo_k2 --algorithm grpo --k 2
+  if "$python" -c 'import bitsandbytes' 2> /dev/null; then
+    recipe ppo_8bit --load_in_bits 8
+    recipe ppo_4bit --load_in_bits 4
+  fi
+  rm -rf "$scratch"
+}
+
 mtp() {
   benchmark() { "$python" experiments/benchmark_mtp.py --runs "$runs" --dtype bfloat16 --hidden_size 1024 "$@"; }
   for vocab in 32000 151936; do
@@ -59,10 +91,20 @@ mtp() {
   benchmark --batch 128 --methods naive logits hidden whole-vocabulary cce-kernel liger
 }
 
+planner() {
+  "$python" experiments/validate_planner_cuda.py --runs "$runs"
+  "$python" -m lowmem.plan --calibrate "$runs/calibration.json"
+}
+
+memory() {  # records in results/memory/SET; the table and the chart need several GPUs as well
+  "$python" experiments/run_memory_strategies.py --runs "results/memory/${runs##*/}" --only none_1 ratio-half_1 \
+    ratio-all_1 selective-half_1 selective-all_1 activations-offloaded_1 oom-recovery_1 zero2_1 long_1
+}
+
 "$python" -m pytest -q -rs tests/test_gpu.py tests/test_logprobs.py tests/test_live_bytes.py
-for part in ${2:-published layers qwen3 mtp}; do
-  case $part in
-    published | layers | qwen3 | mtp) "$part" ;;
-    *) echo "run_gpu_checks.sh: unknown part $part; known: published, layers, qwen3, mtp" >&2; exit 2 ;;
+for part in ${2:-$parts}; do
+  case " $parts " in
+    *" $part "*) "$part" ;;
+    *) echo "run_gpu_checks.sh: unknown part $part; known: $parts" >&2; exit 2 ;;
   esac
 done

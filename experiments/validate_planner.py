@@ -3,6 +3,7 @@ enough.
 
     python experiments/validate_planner.py                     # all that is missing in results/planner/validation.json
     python experiments/validate_planner.py --only trainer      # or step, recorded
+    python experiments/validate_planner.py --changed           # predict all rows again, run what is predicted anew
 
 Three kinds: `step`, the planner's own step of a method, executed on real tensors; `trainer`, the trainers of both
 trees, executed by experiments/train.py; `recorded`, the runs of results/runs/, predicted from their settings. The
@@ -21,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -82,6 +84,29 @@ def step_cases() -> dict[str, dict]:
             "rows_per_micro_batch": 1,
         },
         "rloo-float64": {"dtype": "float64", "lm_head": "completion"},
+        "rloo-selective": {"selective_checkpointing": True, "lm_head": "chunked", "num_hidden_layers": 6},
+        "rloo-ratio-half": {"gradient_checkpointing_ratio": 0.5, "lm_head": "chunked", "num_hidden_layers": 6},
+        "rloo-selective-lora-bf16": {"selective_checkpointing": True, "lora_rank": 8, "dtype": "bfloat16"},
+        "rloo-1024-prompt": {"prompt_tokens": 1024, "rloo_k": 4, "lm_head": "chunked"},
+        "shared-1024-prompt": {"shared_prefix": True, "prompt_tokens": 1024, "rloo_k": 16, "rows_per_micro_batch": 2},
+        "shared-selective": {"shared_prefix": True, "selective_checkpointing": True, "rows_per_micro_batch": 2},
+        "shared-bf16": {"shared_prefix": True, "dtype": "bfloat16", "lm_head": "chunked"},
+        "grpo-shared-ckpt": {"method": "grpo", "shared_prefix": True, "gradient_checkpointing": True},
+        "ppo-lora": {"method": "ppo", "prompts_per_step": 4, "lora_rank": 8, "lm_head": "completion"},
+        "ppo-bf16-ckpt": {"method": "ppo", "prompts_per_step": 4, "dtype": "bfloat16", "gradient_checkpointing": True},
+        "sft-selective": {"method": "sft", "prompts_per_step": 4, "selective_checkpointing": True},
+        "sft-sgd": {"method": "sft", "prompts_per_step": 4, "optimizer": "sgd"},
+        "sft-foreach": {"method": "sft", "prompts_per_step": 4, "optimizer": "adamw_foreach"},
+        "mtp4-chunked": {"method": "mtp", "prompts_per_step": 2, "num_future_tokens": 4, "lm_head": "chunked"},
+        "llama-lora-ckpt": {
+            "method": "sft",
+            "model": "llama-tiny",
+            "prompts_per_step": 2,
+            "lora_rank": 8,
+            "gradient_checkpointing": True,
+        },
+        "llama-shared": {"model": "llama-tiny", "shared_prefix": True, "rows_per_micro_batch": 2},
+        "mt5-tiny-bf16": {"method": "sft", "model": "mt5-tiny", "prompts_per_step": 2, "dtype": "bfloat16"},
         "shared-ckpt": {"shared_prefix": True, "gradient_checkpointing": True, "rows_per_micro_batch": 2},
         "shared-lora": {"shared_prefix": True, "lora_rank": 8, "rows_per_micro_batch": 2},
         "shared-two-prompts": {"shared_prefix": True, "prompts_per_step": 2, "rows_per_micro_batch": 4},
@@ -138,7 +163,25 @@ def trainer_cases() -> dict[str, list[str]]:
             "--gradient_checkpointing=true",
             "--rows_per_micro_batch=2",
         ]
-    return {name: [*tiny, *options] for name, options in cases.items()}
+    for variant in ("baseline", "string-level", "upstream", "shared-prefix"):
+        cases[f"{variant}-two-prompts"] = [f"--variant={variant}", "--prompts_per_step=2", "--prompt_tokens_min=100"]
+    for name, strategy in (("selective", '{"selective_checkpointing": true}'),) + (
+        ("ratio", '{"gradient_checkpointing_ratio": 0.5}'),
+    ):
+        cases[f"memory-{name}"] = ["--variant=memory", f"--memory={strategy}", "--rows_per_micro_batch=2"]
+    cases["shared-prefix-selective"] = ["--variant=shared-prefix", '--memory={"selective_checkpointing": true}']
+    for variant in ("upstream", "shared-prefix"):
+        cases[f"grpo-{variant}"] = ["GRPO", f"--variant={variant}"]
+        cases[f"grpo-{variant}-lora-ckpt"] = [
+            *("GRPO", f"--variant={variant}", "--lora_rank=4", "--gradient_checkpointing=true"),
+        ]
+    cases["grpo-shared-prefix-bf16"] = ["GRPO", "--variant=shared-prefix", "--dtype=bfloat16", "--prompts_per_step=2"]
+    cases["string-level-bf16"] = ["--variant=string-level", "--dtype=bfloat16", "--prompts_per_step=2"]
+    # "GRPO" first: the same run with GRPOTrainer, which experiments/train.py has no setting for
+    return {
+        name: [*options[:1], *tiny, *options[1:]] if options[0] == "GRPO" else [*tiny, *options]
+        for name, options in cases.items()
+    }
 
 
 def recorded_cases() -> dict[str, dict]:
@@ -167,7 +210,8 @@ def measure_step(settings: dict, budget_bytes: int | None) -> dict:
     torch.manual_seed(0)
     plan = PlanConfig(**settings)
     config = model_config(plan)
-    small = PlanConfig(**{**settings, "prompt_tokens": 8, "response_tokens": 3})
+    tiny = {"prompt_tokens": 8, "response_tokens": 3} | ({"prompt_tokens_min": 5} if plan.padded else {})
+    small = PlanConfig(**settings | tiny)
     execute(small, model_config(small))  # libraries that are loaded at first use
     before = status_kib("VmRSS") * 1024
     if budget_bytes:
@@ -260,11 +304,24 @@ def in_fresh_process(function: str, *arguments) -> dict:
     return json.loads(line[0].removeprefix("RESULT"))
 
 
+def with_grpo(options: list[str]) -> list[str]:
+    """The options that train.py takes; after a leading "GRPO" this process builds GRPOTrainer where it built
+    RLOOTrainer."""
+    if options[0] != "GRPO":
+        return options
+    import functools
+
+    import trainers
+
+    trainers.build_v116 = functools.partial(trainers.build_v116, algorithm="GRPO")
+    return options[1:]
+
+
 def predict_trainer(options: list[str]) -> dict:
     from plan_trainer import plan_trainer
     from train import parse_config
 
-    config, stage = parse_config(options)
+    config, stage = parse_config(with_grpo(options))
     figures = plan_trainer(config, stage)
     parameters = figures["parameters"]
     width = {"float32": 4, "float64": 8, "bfloat16": 2}[config.dtype]
@@ -284,13 +341,9 @@ def run_trainer(options: list[str], budget_bytes: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.json"
         budget_gib = (budget_bytes + PROCESS_BYTES) / 2**30
-        command = [
-            sys.executable,
-            "experiments/train.py",
-            *options,
-            f"--record={path}",
-            f"--budget_gib={budget_gib:.4f}",
-        ]
+        code = f"import sys; sys.path[:0] = {[str(HERE), str(ROOT)]!r}; import train, validate_planner as v; "
+        code += "sys.exit(train.main(v.with_grpo(sys.argv[1:])))"
+        command = [sys.executable, "-c", code, *options, f"--record={path}", f"--budget_gib={budget_gib:.4f}"]
         env = os.environ | MALLOC | {"OMP_NUM_THREADS": "1"}
         result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=480)
         if not path.exists():
@@ -306,37 +359,46 @@ def run_trainer(options: list[str], budget_bytes: int) -> dict:
     }
 
 
-def run_case(name: str, kind: str, settings) -> dict:
+def predict_case(kind: str, settings) -> dict:
+    if kind == "step":
+        return in_forked_process(predict_step, settings)
+    return in_fresh_process("predict_trainer", settings if kind == "trainer" else recorded_options(settings))
+
+
+def recorded_options(record: dict) -> list[str]:
+    config = {key: value for key, value in record["config"].items() if value is not None and key != "record"}
+    return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}" for key, value in config.items()]
+
+
+def run_case(name: str, kind: str, settings, known: dict | None = None) -> dict:
+    """The row of a configuration: predicted, executed and compared; `known` itself if its prediction stands."""
     from lowmem.plan_verdict import CPU, device_needed
 
     row = dict.fromkeys(COLUMNS) | {"name": name, "kind": kind}
-    if kind == "step":
-        with tempfile.TemporaryDirectory() as folder:
-            if settings.get("model") in SMALL_MODELS:
-                path = Path(folder) / "config.json"
-                path.write_text(json.dumps(SMALL_MODELS[settings["model"]]))
-                settings = settings | {"model": str(path)}
-            row |= in_forked_process(predict_step, settings)
-            row["budget_bytes"] = device_needed(row.pop("needed_bytes"), CPU)
+    with tempfile.TemporaryDirectory() as folder:
+        if kind == "step" and settings.get("model") in SMALL_MODELS:
+            path = Path(folder) / "config.json"
+            path.write_text(json.dumps(SMALL_MODELS[settings["model"]]))
+            settings = settings | {"model": str(path)}
+        row |= predict_case(kind, settings)
+        if kind != "recorded":
+            row["budget_bytes"] = device_needed(row.pop("needed_bytes", row["predicted_bytes"]), CPU)
+        if known and all(known[key] == row[key] for key in ("predicted_bytes", "predicted_phase", "budget_bytes")):
+            return known | {"predicted_s": row["predicted_s"]}
+        if kind == "step":
             row |= in_forked_process(measure_step, settings, row["budget_bytes"])
             if row["status"] == "oom":
                 row |= in_forked_process(measure_step, settings, None) | {"status": "oom"}
-    elif kind == "trainer":
-        row |= in_fresh_process("predict_trainer", settings)
-        row["budget_bytes"] = device_needed(row["predicted_bytes"], CPU)
-        row |= run_trainer(settings, row["budget_bytes"])
-    else:
-        summary = settings["summary"]
-        options = [
-            f"--{key}={value}" for key, value in settings["config"].items() if value is not None and key != "record"
-        ]
-        row |= in_fresh_process("predict_trainer", options)
-        row |= {
-            "status": "ok",
-            "measured_bytes": summary["live_peak_bytes"],
-            "measured_phase": summary["live_peak_phase"],
-            "measured_s": settings["wall_s"],
-        }
+        elif kind == "trainer":
+            row |= run_trainer(settings, row["budget_bytes"])
+        else:
+            summary = settings["summary"]
+            row |= {
+                "status": "ok",
+                "measured_bytes": summary["live_peak_bytes"],
+                "measured_phase": summary["live_peak_phase"],
+                "measured_s": settings["wall_s"],
+            }
     if row["measured_bytes"]:
         row["error"] = row["predicted_bytes"] / row["measured_bytes"] - 1
     return row
@@ -376,26 +438,29 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("step", "trainer", "recorded"), help="one kind of configuration")
     parser.add_argument("--match", help="a regular expression on names")
-    parser.add_argument("--force", action="store_true", help="again, though it is done")
+    parser.add_argument("--changed", action="store_true", help="predict known rows again; execute what changed")
+    parser.add_argument("--hours", type=float, default=1e9, help="begin nothing later than this")
     args = parser.parse_args(argv)
     file = RESULTS / "validation.json"
     rows = {(row["kind"], row["name"]): row for row in json.loads(file.read_text())} if file.exists() else {}
-    failed = 0
+    failed, start = 0, time.monotonic()
     cases = {"trainer": trainer_cases(), "step": step_cases(), "recorded": recorded_cases()}
     for kind in cases:
         for name, settings in cases[kind].items():
             wanted = args.only in (None, kind) and (args.match is None or re.search(args.match, name))
-            if not wanted or ((kind, name) in rows and not args.force):
+            known = rows.get((kind, name))
+            if not wanted or (known is not None) != args.changed or time.monotonic() - start > 3600 * args.hours:
                 continue
             try:
-                rows[kind, name] = run_case(name, kind, settings)
+                rows[kind, name] = run_case(name, kind, settings, known)
             except (RuntimeError, subprocess.TimeoutExpired) as error:
                 failed += 1
                 print(f"{kind} {name}: failed: {str(error)[-500:]}", file=sys.stderr, flush=True)
                 continue
             row = rows[kind, name]
             error = "-" if row["error"] is None else f"{row['error']:+.3%}"
-            print(f"{kind} {name}: {error} of {row['measured_bytes']} bytes, {row['status']}", flush=True)
+            again = "" if known is None else ", as before" if row["error"] == known["error"] else ", anew"
+            print(f"{kind} {name}: {error} of {row['measured_bytes']} bytes, {row['status']}{again}", flush=True)
             write(row)
     if all_rows := write():
         print(summary_line(all_rows))

@@ -33,14 +33,18 @@ MEMORY_GIB = {
 
 
 def device_bytes(device: str) -> int:
-    """Bytes of a device given by name (`RTX 3090`, `rtx3090`) or size (`24`, `24GiB`, `24 GB`, `800MiB`).
+    """Bytes of a device given by name (`RTX 3090`, `rtx3090`, `NVIDIA A100-SXM4-80GB`) or size (`24`, `24GiB`,
+    `24 GB`, `800MiB`).
 
     Raises:
         ValueError: for an unknown name, or a size that is not above 0.
     """
-    folded = re.sub(r"(?<=.)[-_]|\s", "", device.lower()).removeprefix("nvidia")
+    folded = re.sub(r"(?<=.)[-_]|\s", "", device.lower())
+    folded = re.sub("^(nvidia|tesla|geforce)+", "", folded)
+    folded = re.sub(r"(sxm\d?|pcie)(?=\d+gb$)|hbm\d\w?$", "", folded)  # as nvidia-smi adds them
     for name, size in MEMORY_GIB.items():
-        if folded in (name.lower().replace(" ", ""), name.lower().replace(" ", "").removesuffix("gb")):
+        short = name.lower().replace(" ", "")
+        if folded in (short, short.removesuffix("gb"), f"{short}{size}gb"):
             return int(size * GIB)
     number, scale = folded, GIB
     for unit, factor in (("mib", 2**20), ("mb", 2**20), ("gib", GIB), ("gb", GIB), ("g", GIB)):

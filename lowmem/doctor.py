@@ -55,8 +55,7 @@ def findings_of_record(path: Path) -> list[Finding]:
 
 def planned_fixes(config: str | dict, cpu: bool) -> tuple[list, dict]:
     """Fixes of the run that `config` (a YAML file, or the settings of a record) describes, simulated, and the settings
-    of the file that the planner does not
-    know (batch sizes and workers of the Hugging Face Trainer)."""
+    of the file that the planner does not know (batch sizes and workers of the Hugging Face Trainer)."""
     import yaml
 
     from lowmem.plan_config import PlanConfig, from_training_file

@@ -88,6 +88,8 @@ def read_log(text: str) -> list[Finding]:
     findings = []
     for kind, patterns in PATTERNS.items():
         number = next((i for i, line in enumerate(lines) if any(re.search(p, line) for p in patterns)), None)
+        if number is None and kind == "data loader worker killed":
+            number = _lost_worker(lines)
         if number is None:
             continue
         if kind == "host out of memory" and any(f.kind == "data loader worker killed" for f in findings):
@@ -101,6 +103,15 @@ def read_log(text: str) -> list[Finding]:
         if kind == "device out of memory" and (fragmented := fragmentation(finding)):
             findings.append(fragmented)
     return findings
+
+
+def _lost_worker(lines: list[str]) -> int | None:
+    """A connection that ended inside the data loader: the worker died while its batch was being handed over."""
+    for number, line in enumerate(lines):
+        if re.match(r"(ConnectionResetError|ConnectionRefusedError|EOFError)\b", line.strip()):
+            if any("utils/data/dataloader.py" in earlier for earlier in lines[max(0, number - 80) : number]):
+                return number
+    return None
 
 
 def of_tensors(finding: Finding) -> bool:

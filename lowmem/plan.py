@@ -11,24 +11,21 @@ GPU is claimed: docs/planner.md. Exit status: 0 fits, 1 tight or does not fit, 2
 """
 
 import argparse
+import gc
 import json
 import sys
-from dataclasses import asdict, fields
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import get_type_hints
+from typing import TYPE_CHECKING, get_type_hints
 
 from lowmem.devices import device_bytes
 from lowmem.plan_config import PlanConfig, from_training_file
 
-GIB = 2**30
-NAMES = {"lm_head": "LM head"}
-
-
-def size(n: float) -> str:
-    for unit, scale in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
-        if abs(n) >= scale:
-            return f"{n / scale:.2f} {unit}"
-    return f"{n:.0f} B"
+if TYPE_CHECKING:  # PyTorch is imported when there is something to simulate
+    from lowmem.plan_host import HostMemory
+    from lowmem.plan_step import StepMemory
+    from lowmem.plan_verdict import Unseen, Verdict
 
 
 def parser() -> argparse.ArgumentParser:
@@ -117,57 +114,6 @@ def sharded(step, plan: PlanConfig):
     return step
 
 
-def table(step) -> list[str]:
-    """Peak by phase and category, in MiB."""
-    from lowmem.plan_memory import CATEGORIES
-
-    shown = [name for name in CATEGORIES if any(c.get(name, 0) >= 2**19 for c in step.by_phase.values())]
-    lines = ["  ".join([f"{'peak, MiB':<15}", *(f"{name:>11}" for name in shown), f"{'total':>9}"])]
-    for phase in ("generate", "score", "train_forward", "train_backward", "optimizer"):
-        if phase in step.by_phase:
-            values = step.by_phase[phase]
-            cells = [f"{values.get(name, 0) / 2**20:>11,.0f}" for name in shown]
-            mark = "  <- peak" if phase == step.peak_phase else ""
-            lines.append("  ".join([f"{phase:<15}", *cells, f"{sum(values.values()) / 2**20:>9,.0f}"]) + mark)
-    if step.workspace_bytes:
-        lines.append(f"workspace of kernels on a CPU in half precision: {size(step.workspace_bytes)}")
-    return lines
-
-
-def verdict_lines(verdict) -> list[str]:
-    return [
-        f"device {size(verdict.device_bytes)}, usable {size(verdict.usable_bytes)}",
-        f"simulated {size(verdict.peak_bytes)} + not simulated {size(verdict.unseen_bytes)} ({verdict.source})",
-        f"verdict: {verdict.verdict}, margin {size(verdict.margin_bytes)}",
-    ]
-
-
-def host_lines(host) -> list[str]:
-    parts = [f"process {size(host.process_bytes)}", f"DataLoader workers {size(host.workers_bytes)}"]
-    parts += [f"loading {size(host.loading_bytes)}"]
-    if host.offload_bytes:
-        parts.append(f"offloaded optimizer {size(host.offload_bytes)}")
-    fits = "fits" if host.peak_bytes <= 0.8 * host.limit_bytes else "above 80 % of it"
-    if host.peak_bytes > host.limit_bytes:
-        fits = "does not fit"
-    return [
-        f"host {size(host.peak_bytes)}: {', '.join(parts)} (one worker {size(host.worker_bytes)}, measured here)",
-        f"host limit {size(host.limit_bytes)} ({host.limit_source}): {fits}",
-    ]
-
-
-def fix_lines(fixes, refused, device, unseen) -> list[str]:
-    from lowmem.plan_verdict import judge
-
-    lines = ["fixes, each simulated:"]
-    for fix in fixes:
-        ratio = "time not known" if fix.time_ratio is None else f"operations x{fix.time_ratio:.2f}"
-        verdict = "" if device is None else judge(fix.step.needed_bytes, device, unseen).verdict
-        note = f" ({fix.note})" if fix.note else ""
-        lines.append(f"  {fix.name:<32} saves {size(fix.saved_bytes):>11}  {ratio:<17} {verdict}{note}")
-    return lines + [f"  not possible: {reason}" for reason in refused]
-
-
 def training_yaml(plan: PlanConfig) -> dict:
     """Settings that experiments/train.py takes, for a plan of RLOO; its variant follows from the strategies.
 
@@ -179,7 +125,14 @@ def training_yaml(plan: PlanConfig) -> dict:
     unknown = [name for name in ("offload_optimizer",) if getattr(plan, name)]
     if unknown or plan.ranks > 1:
         raise ValueError("experiments/train.py has no setting for offload_optimizer or ranks; leave them out")
-    variant = "shared-prefix" if plan.shared_prefix else "string-level" if plan.lm_head == "chunked" else "upstream@1"
+    partly = plan.selective_checkpointing or plan.gradient_checkpointing_ratio is not None
+    if partly and not plan.shared_prefix and plan.lm_head == "chunked":
+        raise ValueError(
+            "experiments/train.py recomputes part of the activations in the v1.16.0 tree and has chunked "
+            "log-probabilities in the v0.20.0 tree; leave one of them out"
+        )
+    variant = "shared-prefix" if plan.shared_prefix else "memory" if partly else "upstream@1"
+    variant = "string-level" if variant == "upstream@1" and plan.lm_head == "chunked" else variant
     names = ("model", "dtype", "prompt_tokens", "prompt_tokens_min", "response_tokens", "rloo_k", "prompts_per_step")
     names += ("rows_per_micro_batch", "kl_coef", "lora_rank", "gradient_checkpointing")
     if variant == "string-level":
@@ -188,7 +141,19 @@ def training_yaml(plan: PlanConfig) -> dict:
         names += ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         names += ("num_key_value_heads", "head_dim", "max_position_embeddings")
     values = {name: getattr(plan, name) for name in names}
-    return {"variant": variant} | {name: value for name, value in values.items() if value is not None}
+    memory = {"selective_checkpointing": plan.selective_checkpointing or None}
+    memory["gradient_checkpointing_ratio"] = plan.gradient_checkpointing_ratio
+    memory = {name: value for name, value in memory.items() if value is not None}
+    settings = {"variant": variant} | {name: value for name, value in values.items() if value is not None}
+    return settings | ({"memory": memory} if memory else {})
+
+
+def can_be_written(plan: PlanConfig) -> bool:
+    try:
+        training_yaml(plan)
+    except ValueError:
+        return False
+    return True
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -200,12 +165,86 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+@dataclass
+class Planned:
+    """A plan that was simulated, and what is said about it.
+
+    Attributes:
+        found: what a search found, as a sentence; None without one.
+        verdict: None without a device.
+        fixes, refused: of `lowmem.plan_search.ranked_fixes`; empty where they were not asked for.
+    """
+
+    plan: PlanConfig
+    step: "StepMemory"
+    model_type: str
+    found: str | None
+    verdict: "Verdict | None"
+    unseen: "Unseen"
+    host: "HostMemory"
+    fixes: list
+    refused: list[str]
+
+
+class NothingFits(Exception):
+    """A search ended without a plan; in one sentence."""
+
+
 def run(args: argparse.Namespace) -> int:
-    from lowmem.plan_verdict import CPU, CUDA, FITS, calibrate, judge, load_calibration
+    import logging
+    import warnings
+
+    from lowmem.plan_report import as_json, report_lines
+    from lowmem.plan_verdict import FITS, calibrate
 
     if args.calibrate:
         print(json.dumps(asdict(calibrate(args.calibrate))))
         return 0
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    try:
+        planned = planned_for(args)
+    except NothingFits as reason:
+        print(json.dumps({"found": None, "reason": str(reason)}, indent=1) if args.json == "-" else reason)
+        return 1
+    if args.json == "-":
+        print(json.dumps(as_json(planned), indent=1))
+    else:
+        print("\n".join(report_lines(planned)))
+        if args.json:
+            Path(args.json).write_text(json.dumps(as_json(planned), indent=1) + "\n")
+    said = sys.stderr if args.json == "-" else sys.stdout
+    if args.write:
+        import yaml
+
+        Path(args.write).write_text(yaml.safe_dump(training_yaml(planned.plan), sort_keys=False))
+        device = f" --device '{args.device}'" if args.device else ""
+        print(
+            f"settings for experiments/train.py in {args.write}; its trainer keeps more alive than this step, so "
+            f"before a long run: python experiments/plan_trainer.py --config {args.write}{device}",
+            file=said,
+        )
+    if args.chart:
+        from lowmem.plan_chart import draw_step
+
+        title = f"{planned.plan.model or planned.model_type}, {planned.plan.method}"
+        draw_step(planned.step, title, args.chart, planned.verdict and planned.verdict.device_bytes)
+        print(f"time line of one step in {args.chart}", file=said)
+    return 0 if planned.verdict is None or planned.verdict.verdict == FITS else 1
+
+
+def planned_for(args: argparse.Namespace) -> Planned:
+    """Simulates, searches and judges what the options ask for.
+
+    Raises:
+        NothingFits: if a search finds nothing.
+        ValueError: for bad input.
+    """
+    from lowmem import plan_host
+    from lowmem.plan_search import ranked_fixes
+    from lowmem.plan_step import model_config, simulate
+    from lowmem.plan_verdict import CPU, CUDA, FITS, judge, load_calibration
+
     plan = plan_of(args)
     device = device_bytes(args.device) if args.device else None
     if (args.maximize or args.recommend) and device is None:
@@ -214,56 +253,29 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--maximize contradicts --recommend: the one changes the workload, the other keeps it")
     if args.cpu and args.calibration:
         raise ValueError("--calibration contradicts --cpu: it holds the figures of a GPU")
+    if args.write:
+        training_yaml(plan)  # refused before anything is simulated
     unseen = load_calibration(args.calibration) if args.calibration else CPU if args.cpu else CUDA
-
-    import logging
-    import warnings
-
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    from lowmem.plan_host import host_memory
-    from lowmem.plan_search import maximize, ranked_fixes, recommend
-    from lowmem.plan_step import model_config, simulate
+    config = model_config(plan)
 
     def simulated(other: PlanConfig):
         return sharded(simulate(other, cuda=not args.cpu), other)
 
-    head = []
-    if args.maximize:
-        found = maximize(plan, args.maximize, device, unseen, simulated)
-        if found is None:
-            print(f"not even the smallest {args.maximize} fits on {args.device}; try --recommend")
-            return 1
-        from lowmem.plan_search import with_value
-
-        plan, step = with_value(plan, args.maximize, found[0]), found[1]
-        head.append(f"largest {args.maximize} that fits on {args.device}: {found[0]} (confirmed by a full simulation)")
-    elif args.recommend:
-        best = recommend(plan, device, unseen, simulated, cuda=not args.cpu)
-        if best is None:
-            print(
-                f"nothing among the strategies known here fits on {args.device}; "
-                "a larger device or smaller model is needed"
-            )
-            return 1
-        changes = {
-            f.name: getattr(best.plan, f.name)
-            for f in fields(PlanConfig)
-            if getattr(best.plan, f.name) != getattr(plan, f.name)
-        }
-        plan, step = best.plan, best.step
-        said = ", ".join(f"{key}={value}" for key, value in changes.items()) or "as given"
-        head.append(f"recommended of {best.tried} candidates: {said} (confirmed by a full simulation)")
-    else:
-        step = simulated(plan)
-    config = model_config(plan)
-    verdict = judge(step.needed_bytes, device, unseen) if device else None
-    fixes, refused = [], []
-    if args.fixes or (verdict and verdict.verdict != FITS and not args.recommend):
-        fixes, refused = ranked_fixes(plan, step, simulated)
+    gc.freeze()  # collections during a simulation need not look at the libraries
+    with ThreadPoolExecutor(1) as pool:
+        measuring = pool.submit(plan_host.measure_process)  # a process of its own, beside the simulation
+        if args.maximize or args.recommend:
+            plan, step, found = searched(args, plan, device, unseen, simulated)
+        else:
+            step, found = simulated(plan), None
+        verdict = judge(step.needed_bytes, device, unseen) if device else None
+        fixes, refused = [], []
+        if args.fixes or (verdict and verdict.verdict != FITS and not args.recommend):
+            fixes, refused = ranked_fixes(plan, step, simulated)
+        measured = measuring.result()
     width = {"float32": 4, "float64": 8}.get(plan.dtype, 2)
     text = config.get_text_config(decoder=True)
-    host = host_memory(
+    host = plan_host.host_memory(
         step.parameters * width,
         text.vocab_size * text.hidden_size * width,
         step.trainable,
@@ -271,52 +283,36 @@ def run(args: argparse.Namespace) -> int:
         workers=plan.dataloader_num_workers,
         offload_optimizer=plan.offload_optimizer,
         on_device=not args.cpu,
+        measured=measured,
     )
+    return Planned(plan, step, config.model_type, found, verdict, unseen, host, fixes, refused)
 
-    result = {
-        "plan": asdict(plan),
-        "parameters": step.parameters,
-        "trainable": step.trainable,
-        "peak_bytes": step.peak_bytes,
-        "peak_phase": step.peak_phase,
-        "bytes_by_phase": step.by_phase,
-        "workspace_bytes": step.workspace_bytes,
-        "train_flops": step.train_flops,
-        "verdict": asdict(verdict) if verdict else None,
-        "host": asdict(host) | {"peak_bytes": host.peak_bytes},
-        "fixes": [
-            {"name": f.name, "changes": f.changes, "saved_bytes": f.saved_bytes, "time_ratio": f.time_ratio}
-            for f in fixes
-        ],
-        "wall_s": step.wall_s,
-    }
-    lines = head + [
-        f"{plan.model or config.model_type}: {step.parameters:,} parameters, {step.trainable:,} trained, "
-        f"{plan.dtype}; {plan.method}, {plan.rows_per_step} rows of {plan.prompt_tokens} + "
-        f"{plan.response_tokens} tokens, {plan.micro_batch_rows} at once",
-        *table(step),
-        *(verdict_lines(verdict) if verdict else [f"peak {size(step.peak_bytes)} of tensors in {step.peak_phase}"]),
-        *host_lines(host),
-        *(fix_lines(fixes, refused, device, unseen) if fixes or refused else []),
-        f"simulated in {step.wall_s:.1f} s, {step.num_ops:,} operators",
-    ]
-    if args.json == "-":
-        print(json.dumps(result, indent=1))
-    else:
-        print("\n".join(lines))
-        if args.json:
-            Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
-    if args.write:
-        import yaml
 
-        Path(args.write).write_text(yaml.safe_dump(training_yaml(plan), sort_keys=False))
-        print(f"settings for experiments/train.py in {args.write}")
-    if args.chart:
-        from lowmem.plan_chart import draw_step
+def searched(args, plan: PlanConfig, device: int, unseen, simulated) -> tuple:
+    """`(plan, its full simulation, what was found)` of --maximize or --recommend.
 
-        draw_step(step, f"{plan.model or config.model_type}, {plan.method}", args.chart, device)
-        print(f"time line of one step in {args.chart}")
-    return 0 if verdict is None or verdict.verdict == FITS else 1
+    Raises:
+        NothingFits: if nothing does.
+    """
+    from lowmem.plan_search import maximize, recommend, with_value
+
+    if args.maximize:
+        largest = maximize(plan, args.maximize, device, unseen, simulated)
+        if largest is None:
+            raise NothingFits(f"not even the smallest {args.maximize} fits on {args.device}; try --recommend")
+        value, step = largest
+        said = f"largest {args.maximize} that fits on {args.device}: {value} (confirmed by a full simulation)"
+        return with_value(plan, args.maximize, value), step, said
+    allowed = can_be_written if args.write else None
+    best = recommend(plan, device, unseen, simulated, cuda=not args.cpu, allowed=allowed)
+    if best is None:
+        known = "that train.py can be told" if args.write else "known here"
+        raise NothingFits(
+            f"nothing among the strategies {known} fits on {args.device}; a larger device or smaller model is needed"
+        )
+    names = [f.name for f in fields(PlanConfig) if getattr(best.plan, f.name) != getattr(plan, f.name)]
+    changes = ", ".join(f"{name}={getattr(best.plan, name)}" for name in names) or "as given"
+    return best.plan, best.step, f"recommended of {best.tried} candidates: {changes} (confirmed by a full simulation)"
 
 
 if __name__ == "__main__":

@@ -31,7 +31,26 @@ def draw_step(step: StepMemory, title: str, path: str | Path, device_bytes: int 
     shown = [name for name in CATEGORIES if any(categories.get(name) for _, categories in line)]
     heights = [[categories.get(name, 0) / 2**30 for _, categories in line] for name in shown]
     axes.stackplot(range(len(line)), heights, labels=shown, colors=[COLOURS[name] for name in shown], step="post")
-    top = max(sum(categories.values()) for _, categories in line) / 2**30
+    if "logits" in shown:  # they live for a few operators of thousands: no area that could be seen
+        row = shown.index("logits")
+        points = [i for i, height in enumerate(heights[row]) if height]
+        bottoms = [sum(height[i] for height in heights[:row]) for i in points]
+        tops = [bottom + heights[row][i] for bottom, i in zip(bottoms, points)]
+        axes.vlines([i + 0.5 for i in points], bottoms, tops, color=COLOURS["logits"], linewidth=2)
+    totals = [sum(categories.values()) / 2**30 for _, categories in line]
+    top, at = max(totals), totals.index(max(totals))
+    largest = sorted(line[at][1].items(), key=lambda item: -item[1])[:3]
+    parts = ", ".join(f"{name} {held / 2**30:.2f}" for name, held in largest)
+    axes.plot(at + 0.5, top, marker="v", markersize=6, color="black", clip_on=False, zorder=4)
+    side = "right" if at > len(line) / 2 else "left"
+    axes.annotate(
+        f"{top:.2f} GiB: {parts}",
+        (at + 0.5, top),
+        xytext=(-8 if side == "right" else 8, 3),
+        textcoords="offset points",
+        ha=side,
+        fontsize=9,
+    )
     if device_bytes and device_bytes / 2**30 <= 2.5 * top:
         top = max(top, device_bytes / 2**30)
         axes.axhline(device_bytes / 2**30, color="#B00020", linestyle="--", linewidth=1.1)
@@ -49,7 +68,7 @@ def draw_step(step: StepMemory, title: str, path: str | Path, device_bytes: int 
     for i in range(1, len(line) + 1):
         if i == len(line) or line[i][0] != line[begin][0]:
             if begin:
-                axes.axvline(begin, color="white", linewidth=0.8)
+                axes.axvline(begin, color="#666666", linewidth=0.6, linestyle=":", zorder=0)
             if i - begin > 0.06 * len(line) and line[begin][0] != "other":
                 axes.text((begin + i) / 2, 1.1 * top, line[begin][0], ha="center", va="center", fontsize=9)
             begin = i

@@ -16,8 +16,14 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 WITHOUT_MEMORY = (
     *("workload", "record", "tokenizer_vocab_size", "model_seed", "dataset", "dataset_split", "reward", "steps"),
     *("epochs_per_batch", "learning_rate", "temperature", "seed", "budget_gib", "count_live_bytes"),
-    *("attn_implementation", "memory"),  # not planned: the model's own attention, no strategies of the trainers
 )
+# Keys of a `memory:` section that the planner simulates, by its own names; those that change no peak of a plan
+STRATEGIES = {
+    "gradient_checkpointing_ratio": "gradient_checkpointing_ratio",
+    "selective_checkpointing": "selective_checkpointing",
+    "grad_offload": "offload_optimizer",
+}
+STRATEGIES_WITHOUT_MEMORY = ("oom_recovery", "long_sequence_tokens")
 # The planner's step that is nearest to a variant of experiments/; the trainers themselves: experiments/plan_trainer.py
 NEAREST = {
     "baseline": {"lm_head": "full"},
@@ -57,6 +63,8 @@ class PlanConfig:
 
     lora_rank: int = _setting(0, "rank of LoRA adapters on all linear layers but the head; 0 trains all weights")
     gradient_checkpointing: bool = _setting(False, "recompute activations in the backward")
+    gradient_checkpointing_ratio: Optional[float] = _setting(None, "share of the layers that are recomputed, 0 to 1")
+    selective_checkpointing: bool = _setting(False, "recomputed layers keep their attention (lowmem.recompute)")
     optimizer: str = _setting("adamw", f"one of {', '.join(OPTIMIZERS)}")
     lm_head: str = _setting("full", f"positions and tiles of the logits: {', '.join(LM_HEADS)}")
     logprob_chunk_tokens: int = _setting(8, "lm_head chunked: tokens whose logits are computed at once")
@@ -105,6 +113,13 @@ class PlanConfig:
             raise ValueError(
                 f"shard {self.shard} contradicts ranks {self.ranks}: sharding needs 2 ranks, and says what"
             )
+        ratio = self.gradient_checkpointing_ratio
+        if ratio is not None and not 0 <= ratio <= 1:
+            raise ValueError(f"gradient_checkpointing_ratio is {ratio}; expected a share between 0 and 1")
+        if ratio == 0 and (self.gradient_checkpointing or self.selective_checkpointing):
+            raise ValueError("gradient_checkpointing_ratio 0 contradicts recomputation: no layer would be recomputed")
+        if self.selective_checkpointing and self.attention == "eager":
+            raise ValueError("selective_checkpointing contradicts attention eager, which has no operator to keep")
         if self.offload_optimizer and self.optimizer != "adamw":
             raise ValueError("offload_optimizer contradicts the optimizer: DeepSpeed offloads adamw")
 
@@ -125,6 +140,13 @@ class PlanConfig:
         return self.method in ROLLOUT_METHODS and self.kl_coef != 0
 
     @property
+    def recomputed_share(self) -> float:
+        """Of the layers."""
+        if self.gradient_checkpointing_ratio is not None:
+            return self.gradient_checkpointing_ratio
+        return 1.0 if self.gradient_checkpointing or self.selective_checkpointing else 0.0
+
+    @property
     def padded(self) -> bool:
         return self.prompt_tokens_min is not None and self.prompt_tokens_min < self.prompt_tokens
 
@@ -137,10 +159,12 @@ def from_training_file(settings: dict, *, nearest: bool = False) -> dict:
 
     Raises:
         ValueError: naming a key that neither knows; or for a variant, whose trainer keeps other tensors alive than the
-            planner's own step (4.3 GiB against 1.5 for `baseline` at k = 4 of the cpu workload).
+            planner's own step (4.3 GiB against 1.5 for `baseline` at k = 4 of the cpu workload); or for a strategy or
+            an attention that the planner cannot simulate.
     """
     names = {f.name for f in fields(PlanConfig)}
-    unknown = sorted(settings.keys() - names - set(WITHOUT_MEMORY) - {"variant"})
+    read_here = {"variant", "memory", "attn_implementation"}
+    unknown = sorted(settings.keys() - names - set(WITHOUT_MEMORY) - read_here)
     if unknown:
         raise ValueError(
             f"the file has the unknown settings {', '.join(unknown)}; expected those of train.py or of the plan"
@@ -153,6 +177,20 @@ def from_training_file(settings: dict, *, nearest: bool = False) -> dict:
                 "experiments/plan_trainer.py, or leave the variant out and say lm_head and shared_prefix"
             )
         plan |= NEAREST.get(variant.removesuffix("-mb1").partition("@")[0], {})
+    strategies = settings.get("memory") or {}
+    known = {new: strategies[old] for old, new in STRATEGIES.items() if strategies.get(old)}
+    on = {name for name, value in strategies.items() if value}
+    other = sorted(on - STRATEGIES.keys() - set(STRATEGIES_WITHOUT_MEMORY))
+    attention = settings.get("attn_implementation")
+    if attention and attention.startswith(("flash", "flex")):
+        attention = "sdpa"  # they keep the same: the output, and one statistic for each row
+    if not nearest and other:
+        raise ValueError(
+            f"the memory section has {', '.join(other)}, which is not simulated here; expected {', '.join(STRATEGIES)}"
+        )
+    if not nearest and attention not in (None, "sdpa", "eager"):
+        raise ValueError(f"attn_implementation is {attention!r}, not simulated; expected sdpa, eager or flash")
+    plan |= known | ({"attention": attention} if attention in ("sdpa", "eager") else {})
     return plan | {key: value for key, value in settings.items() if key in names and value is not None}
 
 

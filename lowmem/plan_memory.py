@@ -85,6 +85,10 @@ class MemoryTrace(LiveBytes):
                 self._num_gradients += 1
                 parameter.register_post_accumulate_grad_hook(made)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as in `lowmem.dry_run`
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func._overloadpacket)

@@ -66,7 +66,7 @@ def _generate_whole(model, plan: PlanConfig, ids, mask):
 def _last_steps(model, plan: PlanConfig, ids, mask, trace) -> None:
     """The prefill, and the last two of R decoding steps as `generate` makes them."""
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    length = ids.shape[1]
+    length, held = ids.shape[1], {}
     if plan.shared_prefix:
         groups = -(-len(ids) // plan.rloo_k)
         model(input_ids=ids[:groups, :-1], past_key_values=cache, use_cache=True, logits_to_keep=torch.empty(0).long())
@@ -76,7 +76,7 @@ def _last_steps(model, plan: PlanConfig, ids, mask, trace) -> None:
     else:
         out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
         trace.relabel("cache", _cache_tensors(cache))
-        _sample(out.logits)
+        _sample(out.logits, held)
         del out
     for step in range(max(1, plan.response_tokens - 2), plan.response_tokens):
         total = length + step - 1  # tokens in the cache before this step
@@ -103,7 +103,7 @@ def _last_steps(model, plan: PlanConfig, ids, mask, trace) -> None:
                 logits_to_keep=1,
             )
         trace.relabel("cache", _cache_tensors(cache))
-        _sample(out.logits)
+        _sample(out.logits, held)
         del out
 
 
@@ -113,12 +113,13 @@ def _cache_tensors(cache) -> list[torch.Tensor]:
     return [tensor for tensor in held if tensor is not None]
 
 
-def _sample(logits: torch.Tensor) -> torch.Tensor:
-    """What `generate` does with the logits (m, 1, V) of a step."""
-    scores = logits[:, -1, :].to(copy=True, dtype=torch.float32)
-    scores = scores / TEMPERATURE
-    probs = scores.softmax(-1)
-    return torch.multinomial(probs, num_samples=1)
+def _sample(logits: torch.Tensor, held: dict[str, torch.Tensor]) -> None:
+    """What `generate` does with the logits (m, 1, V) of a step; its variables live until the next step's replace
+    them."""
+    held["logits"] = logits[:, -1].to(copy=True, dtype=torch.float32)
+    held["scores"] = held["logits"] / TEMPERATURE
+    held["probs"] = held["scores"].softmax(-1)
+    torch.multinomial(held["probs"], num_samples=1)
 
 
 def response_logps(model, plan: PlanConfig, ids, mask, num_response: int):

@@ -4,13 +4,14 @@ Bytes of a phase are affine in rows and in layers, so a few small simulations pr
 largest phase. What is proposed is always simulated once in full, and the next one tried if the line was wrong.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lowmem.plan_config import PlanConfig, changed
+from lowmem.plan_config import ROLLOUT_METHODS, PlanConfig, changed
 from lowmem.plan_models import hidden_layers, with_layers
 from lowmem.plan_step import StepMemory, model_config, simulate
-from lowmem.plan_verdict import FITS, Unseen, judge
+from lowmem.plan_verdict import FITS, Unseen, judge, largest_peak
 
 Simulate = Callable[[PlanConfig], StepMemory]
 MAXIMIZED = {"k": "rloo_k", "micro_batch": "rows_per_micro_batch", "length": "response_tokens"}
@@ -33,17 +34,6 @@ def line(x0: float, y0: dict[str, int], x1: float, y1: dict[str, int]) -> Callab
 
 
 def with_value(plan: PlanConfig, what: str, value: int) -> PlanConfig:
-    if what == "micro_batch":
-        rows = plan.rows_per_step
-        return (
-            changed(plan, rows_per_micro_batch=value)
-            if rows % value == 0
-            else changed(
-                plan,
-                rows_per_micro_batch=value,
-                prompts_per_step=value if plan.method not in ("rloo", "grpo") else plan.prompts_per_step,
-            )
-        )
     if what == "k" and plan.rows_per_micro_batch:
         rows = plan.prompts_per_step * value
         largest = max(r for r in range(1, plan.rows_per_micro_batch + 1) if rows % r == 0)
@@ -94,19 +84,19 @@ def maximize(plan: PlanConfig, what: str, device: int, unseen: Unseen, run: Simu
         guess = inside[-1] if inside else 0
     else:
         guess = len(values) - 1
-    # The line is confirmed or corrected by full simulations: the guess has to fit, the value after it must not
-    stride = 1
-    while True:
+    # The line is confirmed or corrected by full simulations, in growing steps from its guess and then by halves: a
+    # value has to fit, and the one after it must not
+    stride, below, above = 1, False, False
+    while high - low > 1:
         if fits(values[guess]):
-            low = max(low, guess)
-            if guess + 1 >= high:
-                break
-            guess, stride = min(guess + stride, high - 1), stride * 2
+            low, below = guess, True
         else:
-            high = guess
-            if high - low <= 1:
-                break
-            guess, stride = (low + high) // 2 if high - low > 2 * stride else low + 1, 1
+            high, above = guess, True
+        if below and above:
+            guess = (low + high) // 2
+        else:
+            guess = min(low + stride, high - 1) if below else max(high - stride, low + 1)
+            stride *= 2
     return values[low], known[values[low]]
 
 
@@ -148,8 +138,10 @@ def possible_fixes(plan: PlanConfig) -> list[tuple[str, dict, str]]:
                 "generation takes about twice as many passes",
             )
         )
-    if not plan.gradient_checkpointing:
+    if not plan.recomputed_share:
         fixes.append(("gradient checkpointing", {"gradient_checkpointing": True}, ""))
+        if plan.attention == "sdpa":
+            fixes.append(("recompute all but the attention", {"selective_checkpointing": True}, ""))
     if plan.optimizer != "adamw" and not plan.optimizer.startswith(("sgd", "adafactor")):
         fixes.append(("fused optimizer", {"optimizer": "adamw"}, ""))
     if plan.optimizer == "adamw" and not plan.offload_optimizer and not plan.lora_rank:
@@ -177,80 +169,110 @@ def ranked_fixes(plan: PlanConfig, step: StepMemory, run: Simulate) -> tuple[lis
     return sorted(fixes, key=lambda fix: -fix.saved_bytes), refused
 
 
-def by_depth(plan: PlanConfig, cuda: bool, memo: dict) -> Callable[[], int]:
-    """The peak of the plan at its full depth, from two shallow simulations (layers 2 and 4)."""
-    config = model_config(plan)
-    depth = hidden_layers(config)
-    if depth <= 6:
-        return lambda: simulate(plan, config, cuda=cuda).peak_bytes
-    shallow = [simulate(plan, with_layers(config, layers), cuda=cuda) for layers in (2, 4)]
-    peak = line(2, phase_bytes(shallow[0]), 4, phase_bytes(shallow[1]))
-    flops = [step.train_flops for step in shallow]
-    memo["flops"] = None if None in flops else flops[0] + (flops[1] - flops[0]) * (depth - 2) / 2
-    return lambda: peak(depth)
-
-
 @dataclass
 class Recommendation:
+    """The cheapest plan that fits, its full simulation, how many candidates were priced, and its training operations
+    against those of the cheapest candidate that was priced as fitting."""
+
     plan: PlanConfig
     step: StepMemory
     tried: int
     time_ratio: float | None
 
 
-def recommend(plan: PlanConfig, device: int, unseen: Unseen, run: Simulate, *, cuda: bool) -> Recommendation | None:
+def recommend(
+    plan: PlanConfig,
+    device: int,
+    unseen: Unseen,
+    run: Simulate,
+    *,
+    cuda: bool,
+    allowed: Callable[[PlanConfig], bool] | None = None,
+) -> Recommendation | None:
     """The cheapest plan that fits, over recomputation x micro-batch x optimizer x LoRA x strategies.
 
     Cheapest: first what trains the same parameters on the device, then fewest operations, then the largest
     micro-batch. LoRA (other parameters) and the host's optimizer (not timed) only where nothing else fits.
     Steps on the GPU are not timed; operations are.
+
+    Args:
+        allowed: which plans may be recommended; all by default.
     """
-    heads = ["completion", "chunked"] if plan.method in ("rloo", "grpo", "ppo") else ["full", "chunked"]
-    if model_config(plan).is_encoder_decoder:
-        heads = ["full"]
-    sizes = [rows for rows in range(1, plan.rows_per_step + 1) if plan.rows_per_step % rows == 0]
-    sizes = [rows for rows in sizes if rows & (rows - 1) == 0 or rows == plan.rows_per_step]
-    found, tried = [], 0
     drastic = [{}] + ([{"offload_optimizer": True}] if plan.optimizer == "adamw" and not plan.lora_rank else [])
     drastic += [{"lora_rank": 16}] if not plan.lora_rank else []
-    for rank, extra in enumerate(drastic):
-        for recompute in {plan.gradient_checkpointing, True}:
-            for head in heads:
-                for shared in (
-                    [False, True] if plan.method in ("rloo", "grpo") and not plan.padded else [plan.shared_prefix]
-                ):
-                    base = extra | {"gradient_checkpointing": recompute, "lm_head": head, "shared_prefix": shared}
-                    priced = _priced(plan, base, sizes, cuda)
-                    tried += len(priced)
-                    found += [
-                        (rank, flops or float("inf"), -rows, base | {"rows_per_micro_batch": rows})
-                        for rows, peak, flops in priced
-                        if judge(peak, device, unseen).verdict == FITS
-                    ]
-        for _, flops, _, changes in sorted((f for f in found if f[0] == rank), key=lambda f: (round(f[1], -9), f[2]))[
-            :4
-        ]:
+    tried = 0
+    for extra in drastic:
+        bases = [extra | base for base in strategies(plan)]
+        bases = [base for base in bases if allowed is None or allowed(changed(plan, **base))]
+        limit = largest_peak(device, unseen)
+        priced = [candidate for base in bases for candidate in _priced(plan, base, cuda, limit)]
+        tried += len(priced)
+        fitting = [c for c in priced if judge(c[0], device, unseen).verdict == FITS]
+        off = 1.0  # how much a full simulation was above the line
+        for peak, flops, changes in sorted(fitting, key=lambda c: (round(c[1], -9), -c[2]["rows_per_micro_batch"])):
+            if judge(int(peak * off), device, unseen).verdict != FITS:
+                continue
             proposal = changed(plan, **changes)
             step = run(proposal)
             if judge(step.needed_bytes, device, unseen).verdict == FITS:
-                cheapest = min((f[1] for f in found), default=flops)
-                ratio = flops / cheapest if flops < float("inf") else None
-                return Recommendation(proposal, step, tried, ratio)
+                least = min(c[1] for c in fitting)
+                return Recommendation(proposal, step, tried, flops / least if 0 < least < float("inf") else None)
+            off = max(off, step.needed_bytes / peak)
     return None
 
 
-def _priced(plan, base, sizes, cuda) -> list[tuple[int, int, float | None]]:
-    """(rows, peak bytes, operations) of every micro-batch size, from two sizes simulated at two depths."""
-    ends = [sizes[0], sizes[min(1, len(sizes) - 1)]] if len(sizes) > 1 else [sizes[0]]
+def strategies(plan: PlanConfig) -> list[dict]:
+    """Changes of recomputation, LM head and shared prefix that are possible for the plan, the given ones first."""
+    given = ("gradient_checkpointing", "gradient_checkpointing_ratio", "selective_checkpointing")
+    recompute = [{name: getattr(plan, name) for name in given}]
+    if plan.attention == "sdpa":
+        recompute.append(dict(zip(given, (False, None, True))))
+    recompute.append(dict(zip(given, (True, None, False))))
+    decoder = not model_config(plan).is_encoder_decoder
+    heads = (["completion"] if plan.method in ROLLOUT_METHODS else ["full"]) + (["chunked"] if decoder else [])
+    shared = [plan.shared_prefix]
+    if plan.method in ("rloo", "grpo") and not plan.padded:
+        shared = [False, True]
+    out = []
+    for parts in itertools.product(recompute, heads, shared):
+        changes = parts[0] | {"lm_head": parts[1], "shared_prefix": parts[2]}
+        if changes not in out:
+            out.append(changes)
+    return out
+
+
+def _priced(plan: PlanConfig, base: dict, cuda: bool, limit: int) -> list[tuple[int, float, dict]]:
+    """(peak bytes, operations, changes) of every micro-batch size, from two sizes simulated at two depths; only the
+    smallest where that is above the limit, and nothing for what cannot be simulated."""
+    sizes = [rows for rows in range(1, plan.rows_per_step + 1) if plan.rows_per_step % rows == 0]
+    sizes = [rows for rows in sizes if rows & (rows - 1) == 0 or rows == plan.rows_per_step]
     points = []
-    for rows in ends:
-        memo: dict = {}
-        try:
-            peak = by_depth(changed(plan, **base, rows_per_micro_batch=rows), cuda, memo)()
-        except (ValueError, NotImplementedError, RuntimeError):
-            return []
-        points.append((rows, peak, memo.get("flops")))
+    try:
+        for rows in sizes[:2]:
+            points.append(at_depth(changed(plan, **base, rows_per_micro_batch=rows), cuda))
+            if max(points[0][0].values()) > limit:
+                sizes = sizes[:1]
+                break
+    except (ValueError, NotImplementedError, RuntimeError):
+        return []
     if len(points) == 1:
-        return points
-    (r0, p0, flops), (r1, p1, _) = points
-    return [(rows, int(p0 + (p1 - p0) * (rows - r0) / (r1 - r0)), flops) for rows in sizes]
+        peak = line(0, points[0][0], 1, points[0][0])
+    else:
+        peak = line(sizes[0], points[0][0], sizes[1], points[1][0])
+    flops = points[0][1] or float("inf")
+    return [(peak(rows), flops, base | {"rows_per_micro_batch": rows}) for rows in sizes]
+
+
+def at_depth(plan: PlanConfig, cuda: bool) -> tuple[dict[str, int], float | None]:
+    """Bytes by phase and operations at the full depth, from two shallow simulations (layers 2 and 4)."""
+    config = model_config(plan)
+    depth = hidden_layers(config)
+    if depth <= 6:
+        step = simulate(plan, config, cuda=cuda)
+        return phase_bytes(step), step.train_flops
+    two, four = (simulate(plan, with_layers(config, layers), cuda=cuda) for layers in (2, 4))
+    few, more = phase_bytes(two), phase_bytes(four)
+    phases = {name: int(few[name] + (more[name] - few[name]) * (depth - 2) / 2) for name in few if name in more}
+    if None in (two.train_flops, four.train_flops):
+        return phases, None
+    return phases, two.train_flops + (four.train_flops - two.train_flops) * (depth - 2) / 2

@@ -19,6 +19,7 @@ from lowmem.plan_cuda import like_cuda
 from lowmem.plan_memory import MemoryTrace
 from lowmem.plan_models import build_model, is_encoder_decoder, load_config
 from lowmem.plan_rollout import branch_forward, distinct, generate, make_prompts, prompt_groups, response_logps, score
+from lowmem.recompute import recompute_activations
 from lowmem.shared_prefix import shared_prefix_backward
 
 STEPS = 2
@@ -37,8 +38,7 @@ class StepMemory:
         workspace_bytes: inside kernels on a CPU, in half precision (`MemoryTrace.half_scratch_bytes`); 0 for CUDA.
         parameters, trainable: how many.
         train_flops: of the matrix products and attention of one step's training, without its rollout; None where it
-        was
-            not run whole and rows differ (a shared prefix with many micro-batches).
+            was not run whole and rows differ (a shared prefix with many micro-batches).
         num_ops: operators run without data, None in a real run.
         wall_s: seconds that this took.
     """
@@ -112,10 +112,11 @@ def simulate(plan: PlanConfig, config: PretrainedConfig | None = None, *, cuda: 
     return result
 
 
-def execute(plan: PlanConfig, config: PretrainedConfig | None = None) -> StepMemory:
-    """Runs the plan's step really, on the CPU, generating every token."""
+def execute(plan: PlanConfig, config: PretrainedConfig | None = None, *, device: str = "cpu") -> StepMemory:
+    """Runs the plan's step really, generating every token."""
     start = time.perf_counter()
-    result = _run(plan, config or model_config(plan), whole=True)
+    with torch.device(device):
+        result = _run(plan, config or model_config(plan), whole=True)
     result.wall_s = time.perf_counter() - start
     return result
 
@@ -134,8 +135,8 @@ def _run(plan: PlanConfig, config: PretrainedConfig, whole: bool) -> StepMemory:
     )
     if reference is not None and plan.lm_head == "chunked":
         add_logprob_head(reference)
-    if plan.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if plan.recomputed_share:
+        recompute_activations(model, ratio=plan.recomputed_share, selective=plan.selective_checkpointing)
         if plan.lora_rank:
             model.enable_input_require_grads()
     if plan.lora_rank:

@@ -5,6 +5,7 @@ reports and not measurements of this project; `calibrate` replaces them by those
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -91,8 +92,40 @@ def load_calibration(path: Path | str) -> Unseen:
         raise ValueError(f"{path} is no calibration ({error}); write one with --calibrate on the GPU") from None
 
 
-def calibrate(path: Path | str) -> Unseen:
-    """Runs one small training step on the GPU and writes what a simulation cannot see of it.
+@dataclass
+class Readings:
+    """What a device says after one executed step, and what was predicted for it.
+
+    Attributes:
+        total_bytes, free_bytes: of the device, after the step; nothing else may run on it.
+        reserved_bytes: what the allocator still holds.
+        peak_reserved_bytes: the most that it held.
+        predicted_bytes: the simulated peak of the step.
+    """
+
+    device: str
+    total_bytes: int
+    free_bytes: int
+    reserved_bytes: int
+    peak_reserved_bytes: int
+    predicted_bytes: int
+
+
+def calibrated(readings: Readings) -> Unseen:
+    """What the simulation did not see: beside the allocator, in the allocator, and between the size of the device as
+    it is sold (whole GiB) and what it has."""
+    beside = readings.total_bytes - readings.free_bytes - readings.reserved_bytes
+    sold = -(-readings.total_bytes // GIB) * GIB
+    return Unseen(
+        max(beside, 0),
+        max(readings.peak_reserved_bytes / readings.predicted_bytes - 1, 0.0),
+        1 - readings.total_bytes / sold,
+        f"calibrated on {readings.device}",
+    )
+
+
+def cuda_readings() -> Readings:
+    """Executes one small training step on the GPU.
 
     Raises:
         ValueError: without a CUDA device.
@@ -100,21 +133,21 @@ def calibrate(path: Path | str) -> Unseen:
     import torch
 
     if not torch.cuda.is_available():
-        raise ValueError("--calibrate needs a CUDA device, and PyTorch finds none")
+        raise ValueError("--calibrate needs a CUDA device, and PyTorch finds none; plan without it, or run it there")
     from lowmem.plan_config import PlanConfig
     from lowmem.plan_step import execute, simulate
 
-    free_before, total = torch.cuda.mem_get_info()
     plan = PlanConfig(method="sft", dtype="bfloat16", hidden_size=512, intermediate_size=2048, num_hidden_layers=8)
-    with torch.device("cuda"):
-        execute(plan)
-    torch.cuda.synchronize()
-    free_after = torch.cuda.mem_get_info()[0]
-    reserved, allocated = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
     predicted = simulate(plan, cuda=True).peak_bytes
-    fixed = max(free_before - free_after - torch.cuda.memory_reserved(), 0)
-    fraction = max(reserved, allocated) / predicted - 1
-    name = torch.cuda.get_device_name(0)
-    unseen = Unseen(fixed, max(fraction, 0.0), 1 - free_before / total, f"calibrated on {name}")
+    execute(plan, device="cuda")
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    reserved, peak = torch.cuda.memory_reserved(), torch.cuda.max_memory_reserved()
+    return Readings(torch.cuda.get_device_name(0), total, free, reserved, peak, predicted)
+
+
+def calibrate(path: Path | str, read: Callable[[], Readings] = cuda_readings) -> Unseen:
+    """Writes what a simulation cannot see on this machine's device, for `load_calibration`."""
+    unseen = calibrated(read())
     Path(path).write_text(json.dumps(asdict(unseen), indent=1) + "\n")
     return unseen

@@ -84,6 +84,8 @@ class _SelectivePolicy:
 
     def contexts(self):
         """`context_fn` of one checkpointed layer."""
+        if not torch.is_grad_enabled():  # `checkpoint` then enters neither context, and nothing is seen
+            return nullcontext(), nullcontext()
         self.is_in_attention = False  # a recomputation stops early, inside a module
         if self.num_layers and not self.num_attention_ops:
             if self.num_layers == 1:

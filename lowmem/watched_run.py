@@ -7,6 +7,7 @@ whole series use experiments/memory_monitor.py; this needs nothing but /proc.
 
 import os
 import re
+import statistics
 import subprocess
 import sys
 import threading
@@ -124,7 +125,6 @@ def watch(command: list[str], interval_s: float = 0.2, show: bool = True, env: d
         time.sleep(interval_s)
     reader.join(timeout=5)
     log = "".join(lines)
-    busy = [value for value in utilization if value > 0]
     return WatchedRun(
         process.returncode,
         log,
@@ -132,9 +132,16 @@ def watch(command: list[str], interval_s: float = 0.2, show: bool = True, env: d
         [size for size in samples if size],
         max(used, default=None),
         total,
-        sum(busy) / len(busy) if busy else None,
+        mean_while_used(utilization),
         step_time(log),
     )
+
+
+def mean_while_used(utilization: list[float]) -> float | None:
+    """Mean from the first to the last sample in which the GPU did anything: without start-up and end, with the pauses
+    between. None if it never did."""
+    used = [i for i, value in enumerate(utilization) if value > 0]
+    return statistics.mean(utilization[used[0] : used[-1] + 1]) if used else None
 
 
 def step_time(log: str) -> float | None:

@@ -9,7 +9,7 @@ import yaml
 from lowmem.doctor import main
 from lowmem.failures import cuda_figures, leak, read_log, timeline_peaks
 from lowmem.remedies import remedies, smaller_batch
-from lowmem.watched_run import step_time, watch, window_peaks
+from lowmem.watched_run import mean_while_used, step_time, watch, window_peaks
 from lowmem.workflow import workflow
 
 GIB = 2**30
@@ -127,7 +127,48 @@ def test_a_killed_command_is_seen():
 
 def test_samples_and_step_times():
     assert step_time("a 2.0it/s b 4.0it/s c 1.0s/it") == 1.0 and step_time("nothing") is None
+    assert mean_while_used([0, 0, 0.9, 0, 0.9, 0]) == pytest.approx(0.6) and mean_while_used([0, 0]) is None
     assert window_peaks(list(range(40))) == [21, 23, 25, 27, 29, 31, 33, 35, 37, 39] and window_peaks([1, 2]) == []
+
+
+REAL = {
+    "host out of memory": """
+import resource, torch
+resource.setrlimit(resource.RLIMIT_DATA, (2**30, resource.RLIM_INFINITY))
+kept = [torch.ones(2**26) for _ in range(8)]
+""",
+    "data loader worker killed": """
+import os, signal, torch
+from torch.utils.data import DataLoader
+class Data:
+    def __len__(self): return 8
+    def __getitem__(self, i): return torch.zeros(2) if i < 6 else os.kill(os.getpid(), signal.SIGKILL)
+for batch in DataLoader(Data(), num_workers=1): pass
+""",
+    "leak": """
+import time
+kept = []
+for step in range(80):
+    kept.append(b"x" * 2**21)
+    time.sleep(0.06)
+""",
+}
+
+
+@pytest.mark.parametrize("kind", REAL)
+def test_failures_that_really_happen_are_named(kind, capsys):
+    assert main(["run", "--", sys.executable, "-c", REAL[kind]]) == 1
+    said = capsys.readouterr().out
+    findings = [line for line in said.splitlines() if line in {*LOGS, "leak", "fragmentation"}]
+    assert findings == [kind] and "  1. " in said
+    if kind == "host out of memory":
+        assert "tried 0.25 GiB" in said
+
+
+def test_a_run_that_frees_what_it_takes_has_no_leak(capsys):
+    code = REAL["leak"].replace("kept.append(", "kept = (")
+    assert main(["run", "--", sys.executable, "-c", code]) == 0
+    assert "nothing wrong was found" in capsys.readouterr().out
 
 
 TRAINER = """

@@ -8,7 +8,7 @@ import torch
 from lowmem.devices import device_bytes
 from lowmem.dry_run import DryRun, KernelWithoutFake
 from lowmem.live_bytes import LiveBytes
-from lowmem.plan import main, plan_of, sharded, training_yaml
+from lowmem.plan import can_be_written, main, plan_of, sharded, training_yaml
 from lowmem.plan import parser as plan_parser
 from lowmem.plan_config import PlanConfig, changed, from_training_file
 from lowmem.plan_host import host_memory, memory_limit
@@ -16,7 +16,19 @@ from lowmem.plan_memory import MemoryTrace
 from lowmem.plan_models import KNOWN_SHAPES, build_model, load_config
 from lowmem.plan_search import maximize, possible_fixes, ranked_fixes, recommend
 from lowmem.plan_step import execute, model_config, simulate
-from lowmem.plan_verdict import CPU, CUDA, FITS, NO, TIGHT, device_needed, judge, largest_peak
+from lowmem.plan_verdict import (
+    CPU,
+    CUDA,
+    FITS,
+    NO,
+    TIGHT,
+    Readings,
+    calibrate,
+    device_needed,
+    judge,
+    largest_peak,
+    load_calibration,
+)
 
 TINY = {
     "num_hidden_layers": 1,
@@ -43,6 +55,7 @@ def peaks(step):
         {"method": "ppo", "prompts_per_step": 4, "rows_per_micro_batch": 2},
         {"method": "sft", "prompts_per_step": 3, "prompt_tokens_min": 10, "optimizer": "adamw_foreach"},
         {"method": "mtp", "prompts_per_step": 2, "num_future_tokens": 3, "optimizer": "adafactor"},
+        {"selective_checkpointing": True, "gradient_checkpointing_ratio": 0.5, "num_hidden_layers": 3},
     ],
     ids=lambda settings: "-".join(str(value) for value in settings.values()),
 )
@@ -53,7 +66,7 @@ def test_simulated_training_peaks_equal_executed_ones(settings):
     for phase in ("train_forward", "train_backward", "optimizer"):
         assert ours[phase] == real[phase]
     if "generate" in real:  # a few small integer tensors of `generate`
-        assert ours["generate"] == pytest.approx(real["generate"], rel=0.06)
+        assert ours["generate"] == pytest.approx(real["generate"], rel=0.015)
         assert ours["score"] == pytest.approx(real["score"], rel=0.01)
     assert simulated.peak_bytes == pytest.approx(executed.peak_bytes, rel=0.02)
     assert simulated.train_flops == executed.train_flops
@@ -127,6 +140,31 @@ def test_dry_run_counts_what_a_real_run_counts_and_keeps_integers_real():
     assert dry == step()
 
 
+def test_dry_run_returns_the_shapes_strides_and_storages_of_real_operators():
+    def outputs():
+        x, y = torch.rand(4, 6), torch.rand(6, 5)
+        made = [x @ y, x.t(), x.t()[1:, ::2], x.add_(1), x.expand(3, 4, 6), *x.split(3, 1), x.view(torch.int32)]
+        made += [
+            *x.max(1),
+            *torch.linalg.qr(x),
+            torch.cat([x, x.t().reshape(4, 6)]),
+            x.to(torch.bfloat16),
+            x.new_zeros(2),
+        ]
+        made += [*torch._foreach_mul([x, y], 2.0), x[torch.tensor([0, 2])], x.softmax(-1), x.sum(), x.unsqueeze_(0)]
+        made += [torch.nn.functional.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])]
+        same = [tensor.untyped_storage()._cdata == x.untyped_storage()._cdata for tensor in made]
+        sizes = [tensor.untyped_storage().nbytes() for tensor in made]
+        return same, sizes, [(tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype) for tensor in made]
+
+    with DryRun():
+        first, again = outputs(), outputs()  # the second time from what is known
+        with DryRun():
+            nested = outputs()
+        assert torch.rand(2, 3).tolist() == [[0.0] * 3] * 2
+    assert first == again == nested == outputs()
+
+
 def test_a_kernel_without_a_fake_is_named():
     library = torch.library.Library("plan_test", "DEF")  # noqa: TOR901
     library.define("secret(Tensor x) -> Tensor")
@@ -158,6 +196,9 @@ def test_verdicts_turn_at_their_limits():
 def test_devices_are_found_by_name_and_size():
     assert device_bytes("RTX 3090") == device_bytes("rtx3090") == device_bytes("24GiB") == 24 * 2**30
     assert device_bytes("800MiB") == 800 * 2**20
+    names = {"NVIDIA GeForce RTX 4090": 24, "NVIDIA A100-SXM4-80GB": 80, "NVIDIA A100-PCIE-40GB": 40, "Tesla T4": 15}
+    names |= {"NVIDIA H100 80GB HBM3": 80, "NVIDIA L4": 22.5, "RTX 5090": 32, "H200": 131, "A100": 80}
+    assert {name: device_bytes(name) / 2**30 for name in names} == names
     for bad in ("0", "0GiB", "-3", "RTX 9999", "nan"):
         with pytest.raises(ValueError, match="give"):
             device_bytes(bad)
@@ -174,6 +215,68 @@ def test_maximize_finds_the_last_k_that_fits():
     assert largest == 7 and judge(step.peak_bytes, device, CPU).verdict == FITS
     assert judge(run(changed(plan, rloo_k=8)).peak_bytes, device, CPU).verdict != FITS
     assert maximize(plan, "k", 2**20, CPU, run) is None
+
+
+def test_maximize_finds_the_last_length_that_fits():
+    plan = PlanConfig(**TINY, lm_head="completion", max_position_embeddings=400)
+    device = device_needed(simulate(changed(plan, response_tokens=150)).peak_bytes, CPU)
+    sizes = []
+
+    def run(other):
+        sizes.append(other.response_tokens)
+        return simulate(other)
+
+    largest, step = maximize(plan, "length", device, CPU, run)
+    assert step.peak_bytes == simulate(changed(plan, response_tokens=largest)).peak_bytes
+    assert judge(step.needed_bytes, device, CPU).verdict == FITS
+    assert judge(simulate(changed(plan, response_tokens=largest + 1)).needed_bytes, device, CPU).verdict != FITS
+    assert len(sizes) <= 6  # two ends of the line, its guess, its neighbour: not one after the other
+    whole, _ = maximize(plan, "length", 2**40, CPU, run)
+    assert whole == 400 - plan.prompt_tokens  # the model's positions
+
+
+def test_strategies_of_the_memory_section_are_predicted_and_chosen():
+    from lowmem.memory_strategy import MemorySettings, choose_memory_strategy
+    from lowmem.plan_strategies import peak_under
+
+    plan = PlanConfig(**TINY | {"num_hidden_layers": 4, "intermediate_size": 512, "lm_head": "chunked"})
+    predict = peak_under(plan)
+    none, full = MemorySettings(), MemorySettings(gradient_checkpointing_ratio=1.0)
+    selective = MemorySettings(selective_checkpointing=True)
+    assert predict(full) < predict(selective) < predict(none) == simulate(plan).peak_bytes
+    assert predict(selective) == execute(changed(plan, selective_checkpointing=True)).peak_bytes
+    given = MemorySettings(auto_memory_strategy=True)
+    for budget, chosen in ((predict(none), (0.0, False)), (predict(selective), (1.0, True))):
+        settings = choose_memory_strategy(given, 1, 48, budget_bytes=budget, predict=predict).settings
+        assert (settings.gradient_checkpointing_ratio, settings.selective_checkpointing) == chosen
+    two = peak_under(plan, 2)
+    assert two(MemorySettings(zero2_gradient_sharding=True)) < two(none)
+
+
+def test_calibration_takes_its_figures_from_the_device(tmp_path):
+    plan = PlanConfig(**TINY)
+
+    def readings():  # as `cuda_readings`, with the meter of the CPU
+        peak = execute(plan).peak_bytes
+        return Readings("a card", int(23.5 * 2**30), 22 * 2**30, 2**30, int(1.1 * peak), simulate(plan).peak_bytes)
+
+    unseen = calibrate(tmp_path / "card.json", readings)
+    assert unseen == load_calibration(tmp_path / "card.json")
+    assert unseen.fixed_bytes == 2**29 and unseen.total_fraction == pytest.approx(0.5 / 24)
+    assert unseen.fraction == pytest.approx(0.1, abs=0.01) and "a card" in unseen.source
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="needs a CUDA device"):
+            calibrate(tmp_path / "none.json")
+
+
+def test_the_cuda_validation_lists_and_measures_its_cases():
+    import validate_planner_cuda as cuda
+
+    cases = cuda.cases()
+    assert len(cases) >= 17 and all(PlanConfig(**settings) for settings in cases.values())
+    row = cuda.measure(TINY | {"lm_head": "completion"}, device="cpu")
+    assert row["status"] == "ok" and row["allocated_bytes"] == pytest.approx(row["predicted_bytes"], rel=0.02)
+    assert "1 executed" in cuda.report({"tiny": row | {"reserved_bytes": row["allocated_bytes"]}})
 
 
 def test_fixes_are_simulated_and_ranked(monkeypatch):
@@ -194,10 +297,10 @@ def test_recommendation_fits_and_is_taken_by_train(tmp_path):
 
     plan = PlanConfig(**TINY | {"rloo_k": 8, "vocab_size": 20_000})
     device = device_needed(simulate(changed(plan, lm_head="chunked", rows_per_micro_batch=1)).peak_bytes, CPU) + 2**18
-    best = recommend(plan, device, CPU, simulate, cuda=False)
+    best = recommend(plan, device, CPU, simulate, cuda=False, allowed=can_be_written)
     assert judge(execute(best.plan).peak_bytes, device, CPU).verdict == FITS
     assert judge(simulate(plan).peak_bytes, device, CPU).verdict != FITS
-    settings = training_yaml(changed(best.plan, offload_optimizer=False))
+    settings = training_yaml(best.plan)
     assert ExperimentConfig(**settings).rows_per_step == plan.rows_per_step
 
 
@@ -221,6 +324,14 @@ def test_training_files_are_read_and_unknown_settings_named():
         from_training_file({"rloo_kk": 8})
     with pytest.raises(ValueError, match="plan_trainer.py"):
         from_training_file({"variant": "baseline"})
+    strategies = {"selective_checkpointing": True, "oom_recovery": True, "grad_offload": False}
+    plan = PlanConfig(**from_training_file({"memory": strategies, "attn_implementation": "sdpa"}))
+    assert plan.selective_checkpointing and not plan.offload_optimizer
+    with pytest.raises(ValueError, match="sequence_parallelism, which is not simulated"):
+        from_training_file({"memory": {"sequence_parallelism": 2}})
+    assert from_training_file({"attn_implementation": "flash_attention_2"}) == {"attention": "sdpa"}
+    with pytest.raises(ValueError, match="sparse.*not simulated"):
+        from_training_file({"attn_implementation": "sparse"})
 
 
 @pytest.mark.parametrize(
@@ -235,6 +346,8 @@ def test_training_files_are_read_and_unknown_settings_named():
         (["--offload_optimizer", "--optimizer", "sgd"], "contradicts"),
         (["--rows_per_micro_batch", "3"], "must divide"),
         (["--prompt_tokens", "50000"], "exceed the model's"),
+        (["--gradient_checkpointing_ratio", "1.5"], "expected a share"),
+        (["--selective_checkpointing", "--attention", "eager"], "contradicts"),
         (["--maximize", "k"], "need a --device"),
         (["--device", "8", "--maximize", "k", "--recommend"], "contradicts"),
         (["--device", "8", "--maximize", "depth"], "cannot be maximized"),

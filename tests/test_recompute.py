@@ -97,6 +97,15 @@ def test_selective_recomputes_the_mlp_and_nothing_of_the_attention():
     assert held1 < held2 < 0.75 * held0
 
 
+def test_scoring_without_gradients_first_leaves_the_selection_in_force():
+    model = build()
+    recompute_activations(model, selective=True)
+    with torch.no_grad():
+        model(**batch())
+    _, _, backward, _, _ = train_once(model)
+    assert backward["attention"] == 0
+
+
 def test_ratio_recomputes_that_share_of_the_layers():
     extra = []
     for ratio in (0, 0.25, 0.5, 0.75, 1):
