@@ -38,6 +38,8 @@ from transformers.masking_utils import sdpa_mask
 from lowmem.shared_prefix_checks import STATIC_ROPE_TYPES, transformers_model
 
 ATTENTION = "lowmem_sequence_parallel"
+_flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # (model, inputs, labels) -> log-probabilities (B, L) and entropies (B, L) or None. `inputs` go to the model's forward
 # as they are; `labels` (B, L) are those of the tokens that follow, -100 where nothing is scored.
 ShardForward = Callable[[nn.Module, dict, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
@@ -131,15 +133,45 @@ def sequence_attention(module, query, key, value, attention_mask, sequence_peers
 def _causal_attention(query, keys, values, scale):
     """Attention of the last L of `end` positions, without a mask tensor."""
     is_grouped = query.shape[1] != keys.shape[1]
+    if query.shape[2] == keys.shape[2]:
+        return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale, enable_gqa=is_grouped)
     if query.device.type == "cpu":  # its kernel would build the aligned mask: (L, end) floats, kept for the backward
-        before = keys.shape[2] - query.shape[2]
-        padded = F.pad(query, (0, 0, before, 0))
-        output = F.scaled_dot_product_attention(
-            padded, keys, values, is_causal=True, scale=scale, enable_gqa=is_grouped
-        )
-        return output[:, :, before:]
+        return _PastAndOwn.apply(query, keys, values, scale)
     aligned = causal_lower_right(query.shape[2], keys.shape[2])
     return F.scaled_dot_product_attention(query, keys, values, aligned, scale=scale, enable_gqa=is_grouped)
+
+
+class _PastAndOwn(torch.autograd.Function):
+    """softmax(Q K^T + causal mask) V on a CPU, from two calls of torch's kernel, neither with a mask: every query sees
+    all keys before the first query's, and the last L keys causally. The softmax's normaliser Z (B, H, L) joins them;
+    with it, and with the joined output, the kernel's own backward gives each call its part of the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, query, keys, values, scale):
+        before = keys.shape[2] - query.shape[2]
+        past, past_z = _flash_cpu(query, keys[:, :, :before], values[:, :, :before], scale=scale)
+        own, own_z = _flash_cpu(query, keys[:, :, before:], values[:, :, before:], is_causal=True, scale=scale)
+        z = torch.logaddexp(past_z, own_z)
+        output = past * (past_z - z).exp()[..., None] + own * (own_z - z).exp()[..., None]
+        output = output.to(query.dtype)
+        ctx.save_for_backward(query, keys, values, output, z)
+        ctx.scale = scale
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, keys, values, output, z = ctx.saved_tensors
+        before = keys.shape[2] - query.shape[2]
+        past, own = slice(0, before), slice(before, None)
+        grads = [
+            _flash_cpu_backward(
+                grad, query, keys[:, :, part], values[:, :, part], output, z, 0.0, part is own, scale=ctx.scale
+            )
+            for part in (past, own)
+        ]
+        (past_query, *past_pair), (own_query, *own_pair) = grads
+        return past_query + own_query, *(torch.cat(pair, 2) for pair in zip(past_pair, own_pair)), None
 
 
 def why_not_split(model: nn.Module) -> list[str]:
