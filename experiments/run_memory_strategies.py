@@ -1,4 +1,5 @@
-"""Runs every memory strategy on one model, and the three cases of the automatic choice, each in fresh processes.
+"""Runs every memory strategy on one model, the three cases of the automatic choice, and rows of 14,100 tokens, each in
+fresh processes.
 
     python experiments/run_memory_strategies.py --runs results/memory/cpu-2core
 
@@ -38,6 +39,9 @@ RUNS = {
     "zero2_4": (4, OFFLOAD),
     "split_4": (4, {"sequence_parallelism": 4}),
     "split-zero2_4": (4, "four_processes_both"),
+    "long_1": (1, "fourteen_thousand_tokens"),
+    "long_2": (2, "fourteen_thousand_tokens"),
+    "long_4": (4, "fourteen_thousand_tokens"),
 }
 
 

@@ -22,6 +22,7 @@ EXPECTED = {
     "one_process_long": (1, {"grad_offload"}),
     "two_processes_short": (2, {"grad_offload", "zero2_gradient_sharding"}),
     "two_processes_long": (2, {"grad_offload", "zero2_gradient_sharding", "sequence_parallelism"}),
+    "fourteen_thousand_tokens": (2, {"grad_offload", "zero2_gradient_sharding", "sequence_parallelism"}),
     "four_processes_both": (4, {"grad_offload", "zero2_gradient_sharding", "sequence_parallelism"}),
 }
 
@@ -100,8 +101,9 @@ def test_committed_configurations_start(path, tmp_path):
     processes, expected = EXPECTED[path.stem]
     record = tmp_path / "record.json"
     options = ["--config", str(path), *TINY, f"--record={record}"]
-    if "long" in path.stem:
-        section = yaml.safe_load(path.read_text())["memory"] | {"long_sequence_tokens": 16}
+    section = yaml.safe_load(path.read_text())["memory"]
+    if "sequence_parallelism" in expected and "auto_memory_strategy" in section:
+        section |= {"long_sequence_tokens": 16}
         options += ["--memory", json.dumps(section)]
     launch("experiments/train.py", *options, processes=processes, timeout_s=300)
     for rank in range(processes):

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from torchrun import ROOT, largest_difference, launch, probe
+from torchrun import ROOT, failing_probe, largest_difference, launch, probe
 
 from lowmem.zero2 import zero2_config
 
@@ -322,8 +322,7 @@ def test_a_fourteen_thousand_token_sequence_trains_split(runs):
 def test_a_fault_of_split_sequences_is_seen(runs, tmp_path, fault):
     """Negative control."""
     if fault == "other rows on the peers":
-        arguments = [str(tmp_path / "run-"), json.dumps(COMMON | SPLIT | {"_fault": fault})]
-        output = launch("tests/memory_probe.py", *arguments, processes=2, ok=False)
+        output = failing_probe(tmp_path, COMMON | SPLIT | {"_fault": fault}, processes=2)
         assert "sequence peers hold different completions" in output
     else:
         with pytest.raises(AssertionError):
@@ -349,7 +348,7 @@ def test_a_fault_of_split_sequences_is_seen(runs, tmp_path, fault):
 def test_what_cannot_be_is_refused(tmp_path, settings, error):
     import re
 
-    output = launch("tests/memory_probe.py", str(tmp_path / "run-"), json.dumps(settings), ok=False, timeout_s=120)
+    output = failing_probe(tmp_path, settings)
     assert re.search(error, " ".join(output.split())), output[-2000:]
 
 
@@ -364,5 +363,5 @@ def test_what_cannot_be_is_refused(tmp_path, settings, error):
     ids=str,
 )
 def test_what_cannot_be_split_is_refused(tmp_path, settings, error):
-    output = launch("tests/memory_probe.py", str(tmp_path / "run-"), json.dumps(settings), processes=2, ok=False)
+    output = failing_probe(tmp_path, settings, processes=2)
     assert error in output, output[-2000:]
