@@ -1,7 +1,8 @@
 """Runs `memory_probe` in forks of one process that has imported everything: the ranks of torchrun, sooner.
 
-Started and spoken to by torchrun.py. Every line of stdin is a request, `{"out", "settings", "processes", "timeout_s"}`; the answer is a line of stdout,
-`{"returncodes", "said"}`: exit status of every rank (negative: ended by that signal) and what the ranks printed.
+Started and spoken to by torchrun.py. A line of stdin is a request, `{"out", "settings", "processes", "timeout_s"}`; a
+line of stdout is the answer, `{"returncodes", "said"}`: exit status of every rank (negative: ended by that signal) and
+what the ranks printed.
 """
 
 import json
