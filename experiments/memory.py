@@ -30,8 +30,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def decide(config: ExperimentConfig, stage) -> "MemoryChoice | None":
+def decide(config: ExperimentConfig, stage, longest_prompt: int | None = None) -> "MemoryChoice | None":
     """The strategies of the run; None if the configuration has no `memory` section.
+
+    Args:
+        longest_prompt: tokens of the longest prompt of a data set; None for built-in prompts, whose length is set.
 
     Raises:
         MemorySettingsError: see `choose_memory_strategy`; also for a tree that has none of the strategies.
@@ -41,6 +44,8 @@ def decide(config: ExperimentConfig, stage) -> "MemoryChoice | None":
     from lowmem.memory_strategy import MemorySettingsError, choose_memory_strategy, parse_memory_settings
 
     settings = parse_memory_settings(config.memory)
+    if longest_prompt is not None:
+        config = dataclasses.replace(config, prompt_tokens=longest_prompt)
     if stage.pin != "v1.16.0" or stage.name == "0":
         raise MemorySettingsError(
             f"the variant {config.variant!r} has no memory strategies. Use `memory`, which is TRL v1.16.0 with the "
@@ -103,6 +108,9 @@ def planned_peak(config: ExperimentConfig) -> "Callable[[MemorySettings], int]":
     names = known.keys() - {"memory", "variant", "gradient_checkpointing", "rows_per_micro_batch", "rows_per_rollout"}
     shape = from_training_file({name: known[name] for name in names})
     shape |= {"shared_prefix": config.variant.startswith("shared-prefix"), "lm_head": "completion"}
+    shape["vocab_size"] = config.vocab_size or config.tokenizer_vocab_size
+    if shape["shared_prefix"]:  # never padded
+        shape.pop("prompt_tokens_min", None)
     width = getattr(torch, config.dtype).itemsize
     steps: dict[tuple, dict] = {}
 

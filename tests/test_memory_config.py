@@ -12,6 +12,7 @@ from torchrun import ROOT, launch
 
 import memory
 from config import ExperimentConfig
+from lowmem.memory_strategy import MemorySettings, MemorySettingsError
 
 CONFIGS = sorted((ROOT / "experiments/configs/memory").glob("*.yaml"))
 ACCELERATE = sorted((ROOT / "experiments/configs/accelerate").glob("*.yaml"))
@@ -38,7 +39,7 @@ def read(path: Path) -> ExperimentConfig:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_committed_configurations_choose_what_they_say(path, monkeypatch, capsys):
+def test_committed_configurations_choose_what_they_say(path, monkeypatch, capsys, no_prediction):
     processes, expected = EXPECTED[path.stem]
     monkeypatch.setattr(memory, "num_processes", lambda: processes)
     config = read(path)
@@ -69,6 +70,52 @@ def test_a_configuration_without_the_section_is_as_before(monkeypatch):
     config = ExperimentConfig(variant="shared-prefix")
     assert config.memory is None and memory.decide(config, Patched) is None
     assert memory.rloo_arguments(config, None) == {} and memory.callbacks(None) == []
+
+
+@pytest.fixture
+def no_prediction(monkeypatch):
+    """The rules decide without one."""
+    monkeypatch.setattr(memory, "planned_peak", lambda config: None)
+
+
+def test_a_budget_lets_the_planner_choose(monkeypatch, capsys):
+    """The cheapest combination whose predicted peak is below what the budget leaves."""
+    shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 256, "prompt_tokens": 600, "kl_coef": 0.0}
+    config = ExperimentConfig(variant="memory", memory={"auto_memory_strategy": True}, **shape)
+    predict = memory.planned_peak(config)
+    peaks = {}
+    for ratio, selective in ((0.0, False), (0.5, True), (1.0, True)):
+        settings = MemorySettings(gradient_checkpointing_ratio=ratio, selective_checkpointing=selective)
+        peaks[ratio] = predict(settings)
+    assert peaks[0.0] > 1.1 * peaks[0.5] > 1.21 * peaks[1.0]
+    monkeypatch.setattr(memory, "planned_peak", lambda config: predict)
+    for ratio, peak in peaks.items():
+        monkeypatch.setattr(memory, "tensor_budget", lambda config, peak=peak: peak + 1)
+        choice = memory.decide(config, Patched)
+        assert (choice.settings.gradient_checkpointing_ratio, choice.predicted_peak_bytes) == (ratio, peak)
+        assert all(rejected > peak for _, rejected in choice.rejected)
+        assert not choice.settings.grad_offload, "nothing is saved by it where host and device are one"
+        assert f"predicted peak {peak / 2**30:.3g} GiB" in capsys.readouterr().out
+    monkeypatch.setattr(memory, "tensor_budget", lambda config: min(peaks.values()) // 4)
+    with pytest.raises(MemorySettingsError, match="no combination fits"):
+        memory.decide(config, Patched)
+
+
+def test_the_longest_prompt_of_a_data_set_decides(monkeypatch, no_prediction):
+    monkeypatch.setattr(memory, "num_processes", lambda: 2)
+    config = ExperimentConfig(variant="memory", memory={"auto_memory_strategy": True}, dataset="prompts.jsonl")
+    assert not memory.decide(config, Patched, longest_prompt=600).settings.sequence_parallelism
+    assert memory.decide(config, Patched, longest_prompt=9000).settings.sequence_parallelism == 2
+
+
+def test_the_shared_prefix_is_not_split(monkeypatch, no_prediction):
+    """By hand it is an error, and the automatic choice does not take it for long rows."""
+    monkeypatch.setattr(memory, "num_processes", lambda: 2)
+    with pytest.raises(MemorySettingsError, match="contradicts the shared prefix"):
+        memory.decide(ExperimentConfig(variant="shared-prefix", memory={"sequence_parallelism": 2}), Patched)
+    section = {"auto_memory_strategy": True, "long_sequence_tokens": 16}
+    choice = memory.decide(ExperimentConfig(variant="shared-prefix", memory=section), Patched)
+    assert choice.settings.zero2_gradient_sharding and not choice.settings.sequence_parallelism
 
 
 def run_train(*options: str, env: dict | None = None, words: tuple = ()) -> subprocess.CompletedProcess:
@@ -143,6 +190,39 @@ def test_two_nodes_train_as_one_world(tmp_path):
     for name in ("record.json", "record.rank1.json"):
         run = json.loads((tmp_path / name).read_text())["memory"]
         assert run["num_processes"] == 2 and "sequence_parallelism 2" in run["strategies"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, machines", [("two_gpus", 1), ("two_nodes", 2)])
+def test_accelerate_starts_its_configurations(tmp_path, name, machines):
+    """Their launcher is the same without GPUs, where the processes train on the CPU."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    path = ROOT / f"experiments/configs/accelerate/{name}.yaml"
+    processes = yaml.safe_load(path.read_text())["num_processes"]
+    workload = {2: "two_processes_short", 4: "four_processes_both"}[processes]
+    record = tmp_path / "record.json"
+    launchers = []
+    for machine in range(machines):
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
+        command += [f"--machine_rank={machine}", f"--main_process_port={port}", "experiments/train.py"]
+        command += ["--config", f"experiments/configs/memory/{workload}.yaml", *TINY, f"--record={record}"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        launchers.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
+    try:
+        said = [launcher.communicate(timeout=300)[1] for launcher in launchers]
+    finally:
+        for launcher in launchers:
+            launcher.kill()
+    assert not any(launcher.returncode for launcher in launchers), said
+    for rank in range(processes):
+        run = json.loads((record if rank == 0 else record.with_suffix(f".rank{rank}.json")).read_text())["memory"]
+        held = run["zero2_bytes"]
+        assert run["num_processes"] == processes
+        assert abs(held["gradient_bytes"] - held["full_gradient_bytes"] / processes) <= 64
 
 
 @pytest.mark.slow

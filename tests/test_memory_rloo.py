@@ -95,14 +95,26 @@ def offload_to_host(trainer, result) -> None:
     with mock.patch("torch.accelerator.current_accelerator", lambda: torch.device("cpu")):
         manager = OffloadActivations(use_pin_memory=False, use_streams=False)
     manager.update_model_params(trainer.model)
-    pack, result["offloaded"] = manager.pack_hook, 0
+    pack, unpack = manager.pack_hook, manager.unpack_hook
+    result |= {"offloaded": 0, "offloaded_bytes": 0, "restored_bytes": 0}
 
-    def counted(tensor):
+    def moved_bytes(key):
+        held, is_moved = manager.tracker[key][:2]
+        return held.numel() * held.element_size() if is_moved else 0
+
+    def counted_pack(tensor):
         key = pack(tensor)
-        result["offloaded"] += bool(manager.tracker[key][1])
+        if size := moved_bytes(key):
+            assert manager.tracker[key][0].data_ptr() != tensor.data_ptr(), "the tensor itself is held, not a copy"
+            result["offloaded"] += 1
+            result["offloaded_bytes"] += size
         return key
 
-    manager.pack_hook = counted
+    def counted_unpack(key):
+        result["restored_bytes"] += moved_bytes(key)
+        return unpack(key)
+
+    manager.pack_hook, manager.unpack_hook = counted_pack, counted_unpack
     assert isinstance(trainer.maybe_activation_offload_context, contextlib.nullcontext)
     trainer.maybe_activation_offload_context = manager
 
@@ -112,7 +124,8 @@ def test_offloaded_activations_change_nothing(runs, trainer):
     """The context that `activation_offloading=True` makes on an accelerator is entered by the training step."""
     ours = runs(_trainer=trainer, _hook="test_memory_rloo:offload_to_host")[0]
     assert_identical(ours, runs(_trainer=trainer)[0])
-    assert ours["offloaded"] > 4 * 10 * 4
+    assert ours["offloaded"] > 4 * 10 * 4  # in 4 steps, from 4 layers
+    assert ours["offloaded_bytes"] == ours["restored_bytes"] > 4 * 4 * 8 * 13 * 64 * 4  # more than one MLP activation
 
 
 @SLOW

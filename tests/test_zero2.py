@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchrun import largest_difference, probe
+from torchrun import failing_probe, largest_difference, probe
 
 from lowmem.zero2 import NotSharded, Zero2Check, check_zero2, zero2_config
 
@@ -180,6 +180,31 @@ def test_gradients_that_are_too_small_are_seen(runs):
     wrong = runs(2, **zero2(_fault="half the loss"), **rows(2))[0]
     with pytest.raises(AssertionError):
         assert_same_training(wrong, runs(2, **rows(2))[0])
+
+
+def ask_for_two(trainer, result) -> None:
+    """Hook of memory_probe."""
+    trainer.add_callback(Zero2Check(2))
+
+
+TWO = {"per_device_train_batch_size": 4}
+STAGE_ONE = zero2_config() | {"zero_optimization": {"stage": 1}}
+
+
+@pytest.mark.parametrize(
+    "processes, settings, reason",
+    [
+        pytest.param(2, {"per_device_train_batch_size": 4}, "AdamW without DeepSpeed's inside", id="DDP"),
+        pytest.param(
+            2, {"deepspeed": STAGE_ONE, "per_device_train_batch_size": 4}, "stage 1", id="stage 1", marks=SLOW
+        ),
+        pytest.param(1, {"deepspeed": zero2_config()}, "2 processes were asked for and 1 run", id="world", marks=SLOW),
+    ],
+)
+def test_a_training_that_is_not_sharded_stops_at_its_start(tmp_path, processes, settings, reason):
+    """Each of these would train to its end without an error."""
+    said = failing_probe(tmp_path, COMMON | settings | {"_hook": "test_zero2:ask_for_two"}, processes)
+    assert "NotSharded" in said and reason in said, said[-2000:]
 
 
 class Fake:

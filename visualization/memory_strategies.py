@@ -24,6 +24,8 @@ STRATEGIES = {
     "ratio-all": ("all layers recomputed", None, None),
     "selective-half": ("half of the layers, attention kept", None, None),
     "selective-all": ("all layers, attention kept", None, None),
+    "oom-recovery": ("4 rows at once, out of memory, repeated in parts", None, None),
+    "activations-offloaded": ("activations on the host", None, None),
     "ddp": ("DDP", "#000000", "o"),
     "zero2": ("ZeRO-2 with offload", "#0072B2", "s"),
     "split": ("split sequences", "#009E73", "^"),
