@@ -10,6 +10,8 @@ Usage: experiments/run_gpu_checks.sh SET [PART]
 Runs the tests that need a CUDA device, then, resumed where it stopped, one PART (default: all of them):
   published   the published experiment in 32 GB, every variant at rloo_k = 2, 4, 8, ours up to 64, and paired step times
   layers      the 57-million-parameter model: training peaks and paired step times of the shared prefix
+  memory      the memory strategies that one GPU can show: recomputation, offloaded activations, gradients and AdamW on the
+              host (ZeRO-2 with a world of one), a recovery from a real out-of-memory, rows of 14,100 tokens
   qwen3       shapes of Qwen3-0.6B and 4B in bfloat16 with LoRA, 8 completions of 256 tokens, 2K and 8K prompts: stock,
               ours, and stock with FlashAttention-2 where it is installed
 Records go to results/runs/SET. Each part takes under 10 minutes on a data-centre GPU. PYTHON names the interpreter
@@ -49,10 +51,15 @@ qwen3() {  # the allocator's own peaks, without the live-bytes meter
   fi
 }
 
+memory() {  # records in results/memory/SET; the table and the chart need several GPUs as well
+  "$python" experiments/run_memory_strategies.py --runs "results/memory/${runs##*/}" --only none_1 ratio-half_1 \
+    ratio-all_1 selective-half_1 selective-all_1 activations-offloaded_1 oom-recovery_1 zero2_1 long_1
+}
+
 "$python" -m pytest -q -rs tests/test_gpu.py tests/test_logprobs.py tests/test_live_bytes.py
-for part in ${2:-published layers qwen3}; do
+for part in ${2:-published layers memory qwen3}; do
   case $part in
-    published | layers | qwen3) "$part" ;;
-    *) echo "run_gpu_checks.sh: unknown part $part; known: published, layers, qwen3" >&2; exit 2 ;;
+    published | layers | memory | qwen3) "$part" ;;
+    *) echo "run_gpu_checks.sh: unknown part $part; known: published, layers, memory, qwen3" >&2; exit 2 ;;
   esac
 done
