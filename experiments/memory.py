@@ -237,6 +237,17 @@ def callbacks(choice: "MemoryChoice | None") -> list:
     return [Zero2Check(num_processes())]
 
 
+def check_world(trainer) -> None:
+    """Raises RuntimeError if the trainer does not communicate with all processes that were started: each would train
+    for itself, to the end and without an error."""
+    found = trainer.accelerator.num_processes
+    if found != num_processes():
+        raise RuntimeError(
+            f"{num_processes()} processes were started (WORLD_SIZE), but the trainer sees {found}: they would train "
+            "apart from each other. Unset ACCELERATE_USE_CPU, and start them with torchrun."
+        )
+
+
 def record_of(choice: "MemoryChoice | None", trainer, products: ProductFlops) -> dict | None:
     """For the run's record: settings, reason, predicted peak, bytes of this process's parts, out-of-memories, and the
     work of this process in all steps."""

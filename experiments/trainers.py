@@ -135,6 +135,8 @@ def build_v116(
         peft_config=lora_config(config) if config.lora_rank else None,
         callbacks=[*callbacks, *memory.callbacks(choice)],
     )
+    if choice is not None:
+        memory.check_world(trainer)
     trainer.memory_choice = choice
     return trainer, trainer.model, trainer.ref_model  # with adapters, the trainer wraps the model
 

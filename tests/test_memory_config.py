@@ -101,6 +101,17 @@ def test_a_budget_lets_the_planner_choose(monkeypatch, capsys):
         memory.decide(config, Patched)
 
 
+def test_processes_that_would_train_apart_are_an_error(monkeypatch):
+    """What `use_cpu: false` does on a machine without GPUs: no group, two trainings, exit status 0."""
+    from types import SimpleNamespace
+
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(num_processes=1))
+    memory.check_world(trainer)
+    monkeypatch.setattr(memory, "num_processes", lambda: 2)
+    with pytest.raises(RuntimeError, match="2 processes were started.*sees 1"):
+        memory.check_world(trainer)
+
+
 def test_the_longest_prompt_of_a_data_set_decides(monkeypatch, no_prediction):
     monkeypatch.setattr(memory, "num_processes", lambda: 2)
     config = ExperimentConfig(variant="memory", memory={"auto_memory_strategy": True}, dataset="prompts.jsonl")
