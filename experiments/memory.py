@@ -244,7 +244,7 @@ def check_world(trainer) -> None:
     if found != num_processes():
         raise RuntimeError(
             f"{num_processes()} processes were started (WORLD_SIZE), but the trainer sees {found}: they would train "
-            "apart from each other. Unset ACCELERATE_USE_CPU, and start them with torchrun."
+            "apart from each other. Start them with torchrun; without an accelerator, `use_cpu` has to be true."
         )
 
 
