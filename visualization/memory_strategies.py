@@ -107,6 +107,7 @@ def table(runs: dict[str, list[dict]]) -> pd.DataFrame:
     Raises:
         ValueError: if the run that work is compared with, or one that knows the size of the gradients, is missing.
     """
+    runs = {name: records for name, records in runs.items() if not name.startswith("long_")}
     parts = {name: [record["memory"]["zero2_bytes"] for record in records] for name, records in runs.items()}
     full = [part["full_gradient_bytes"] for part in sum(parts.values(), []) if part]
     if "none_1" not in runs or not full:
@@ -115,8 +116,6 @@ def table(runs: dict[str, list[dict]]) -> pd.DataFrame:
     rows = []
     for name, records in runs.items():
         strategy, _, processes = name.rpartition("_")
-        if strategy == "long":
-            continue
         row = {"strategy": STRATEGIES[strategy][0], "processes": int(processes)}
         for phase in PHASES:
             peaks = [record["summary"]["live_peak_bytes_by_phase"].get(phase, 0) for record in records]
@@ -124,7 +123,8 @@ def table(runs: dict[str, list[dict]]) -> pd.DataFrame:
         sharded = parts[name][0] is not None
         row["gradients"] = (max(p["gradient_bytes"] for p in parts[name]) if sharded else full[0]) / MIB
         row["adamw"] = (max(p["optimizer_bytes"] for p in parts[name]) if sharded else 2 * full[0]) / MIB
-        row["activations"] = max(activation_bytes(record, full[0]) for record in records) / MIB
+        held = max(activation_bytes(record, full[0]) for record in records) / MIB
+        row["activations"] = None if strategy == "oom-recovery" else held  # of a failed attempt as well
         row["work"] = sum(record["memory"]["product_flops"] for record in records) / work
         row["peak"], row["predicted"] = peak_and_prediction(records)
         row["attention_calls"] = max(record["memory"]["attention_calls"] for record in records)
@@ -134,8 +134,8 @@ def table(runs: dict[str, list[dict]]) -> pd.DataFrame:
 
 
 def markdown(frame: pd.DataFrame, runs: dict[str, list[dict]]) -> str:
-    records = [record for records in runs.values() for record in records]
-    tokens, config = records[0]["tokens"], records[0]["config"]
+    records = [record for name, found in runs.items() if not name.startswith("long_") for record in found]
+    tokens, config = runs["none_1"][0]["tokens"], runs["none_1"][0]["config"]
     lines = [
         "# Memory strategies",
         "",
@@ -149,7 +149,7 @@ def markdown(frame: pd.DataFrame, runs: dict[str, list[dict]]) -> str:
     ]
     for row in frame.itertuples():
         sizes = (row.generate, row.train_forward, row.train_backward, row.optimizer, row.gradients, row.adamw)
-        cells = [f"{size:,.0f}" for size in (*sizes, row.activations)]
+        cells = ["–" if pd.isna(size) else f"{size:,.0f}" for size in (*sizes, row.activations)]
         cells.append("–" if pd.isna(row.predicted) else f"{row.predicted / row.peak:.2f}")
         lines.append(
             f"| {row.processes} | {row.strategy} | {' | '.join(cells)} | {row.work:.2f} | {row.attention_calls} |"
@@ -216,9 +216,9 @@ def chart(runs: dict[str, list[dict]]):
         axes.set_xticks(sorted(data["processes"].unique()))
         axes.set_xlabel("processes N")
         axes.set_ylabel("MiB per process")
-        axes.set_ylim(0, 1.18 * data[column].max())
+        axes.set_ylim(0, 1.4 * data[column].max())
         axes.grid(axis="y")
-        axes.legend(loc="lower left")
+        axes.legend(loc="upper right")
     return figure
 
 
