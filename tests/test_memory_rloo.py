@@ -326,7 +326,7 @@ def test_a_fourteen_thousand_token_sequence_trains_split(runs):
     results = runs(2, **SPLIT, **settings, per_device_train_batch_size=2, _live=True)
     assert results[0]["log"][0]["num_tokens"] > 2 * 7_000
     quadratic = 14_000 * 14_000
-    for result in results:
+    for result in results:  # ragged rows: scoring, where nobody splits them, included
         assert max(result["live_peak_bytes_by_phase"].values()) < quadratic
 
 

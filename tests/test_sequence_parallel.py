@@ -365,6 +365,30 @@ def test_generation_keeps_its_padding_mask():
     assert not torch.allclose(ignored, logits), "the padding changes nothing here, so this is no test"
 
 
+def test_long_padded_rows_are_scored_without_a_dense_mask():
+    """Scoring and generation of whole rows, which nobody splits; the plain model's mask has rows x S x S entries."""
+    from lowmem.live_bytes import LiveBytes
+
+    tokens, peaks = 1100, {}
+    model = build("qwen3", torch.float64, num_hidden_layers=2)
+    ids = torch.randint(1, VOCAB, (2, tokens), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :300], mask[1, -5:] = 0, 0
+    scores = {}
+    for name in ("plain", "split"):
+        if name == "split":
+            split_attention(model)
+        with LiveBytes() as meter, torch.no_grad():
+            scores[name] = whole_logps(model, ids, mask)
+        peaks[name] = meter.peak_bytes
+    torch.testing.assert_close(scores["split"], scores["plain"], rtol=0, atol=1e-5)  # float32 positions of RoPE
+    assert peaks["plain"] > peaks["split"] + 2 * tokens**2
+    options = {"attention_mask": mask[:1], "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    found = model.eval().generate(ids[:1], **options)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(found, model.generate(ids[:1], **options))
+
+
 def test_a_hole_in_a_mask_is_an_error():
     ids = torch.ones(1, 8, dtype=torch.long)
     mask = torch.tensor([[0, 1, 1, 0, 1, 1, 0, 0]])

@@ -194,7 +194,7 @@ STAGE_ONE = zero2_config() | {"zero_optimization": {"stage": 1}}
 @pytest.mark.parametrize(
     "processes, settings, reason",
     [
-        pytest.param(2, {"per_device_train_batch_size": 4}, "AdamW without DeepSpeed's inside", id="DDP"),
+        pytest.param(2, {"per_device_train_batch_size": 4}, "without DeepSpeed's inside", id="DDP"),
         pytest.param(
             2, {"deepspeed": STAGE_ONE, "per_device_train_batch_size": 4}, "stage 1", id="stage 1", marks=SLOW
         ),
