@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from torchrun import ROOT, launch
 
@@ -72,6 +73,20 @@ def test_a_configuration_without_the_section_is_as_before(monkeypatch):
     assert memory.rloo_arguments(config, None) == {} and memory.callbacks(None) == []
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_an_engine_leaves_on_a_device(monkeypatch, processes):
+    """bfloat16: float32 weights, gradients and moments of a part, or only the buckets of the engine."""
+    monkeypatch.setattr(memory, "num_processes", lambda: processes)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    states = {"weights": 200, "gradients": 200, "optimizer": 400}  # of 100 parameters
+    on = {"grad_offload": True, "zero2_gradient_sharding": True}
+    held = memory.engine_bytes(MemorySettings(**on), states, 2, 0)[0] - memory.BUCKET_BYTES
+    assert held == 200
+    sharded = memory.engine_bytes(MemorySettings(zero2_gradient_sharding=True), states, 2, 0)[0] - memory.BUCKET_BYTES
+    assert sharded == 200 + 4 * 400 // processes
+    assert memory.engine_bytes(MemorySettings(), states, 2, 0)[0] == 800 + 200 * (processes > 1)
+
+
 @pytest.fixture
 def no_prediction(monkeypatch):
     """The rules decide without one."""
@@ -127,6 +142,68 @@ def test_the_shared_prefix_is_not_split(monkeypatch, no_prediction):
     section = {"auto_memory_strategy": True, "long_sequence_tokens": 16}
     choice = memory.decide(ExperimentConfig(variant="shared-prefix", memory=section), Patched)
     assert choice.settings.zero2_gradient_sharding and not choice.settings.sequence_parallelism
+
+
+RECORDS = ROOT / "results/memory/cpu-2core"
+
+
+def recorded(name: str) -> list[dict]:
+    """The records of every process of a committed run."""
+    paths = [RECORDS / f"{name}.json", *sorted(RECORDS.glob(f"{name}.rank*.json"))]
+    return [json.loads(path.read_text()) for path in paths]
+
+
+CASES = {  # of the rules, in long_1, zero2_2, and long_2 and long_4
+    1: "grad_offload",
+    2: "grad_offload, zero2_gradient_sharding",
+    "long": "grad_offload, zero2_gradient_sharding, sequence_parallelism",
+}
+
+
+@pytest.mark.parametrize("name", sorted({p.stem for p in RECORDS.glob("long_?.json")} | {"zero2_2"}))
+def test_recorded_cases_were_chosen_automatically(name):
+    processes = int(name[-1])
+    is_split = name.startswith("long") and processes > 1
+    strategies = f"{CASES['long']} {processes}" if is_split else CASES[processes]
+    for record in recorded(name):
+        assert record["status"] == "ok" and record["memory"]["settings"]["auto_memory_strategy"]
+        assert record["memory"]["strategies"] == strategies and record["memory"]["reason"]
+        held = record["memory"]["zero2_bytes"]
+        assert abs(held["gradient_bytes"] * processes - held["full_gradient_bytes"]) <= 64 * processes
+
+
+def test_recorded_peaks_are_those_that_were_predicted():
+    """Of the runs made since the prediction knows processes and engines, and of the model of layers.yaml."""
+    for name in (p.stem for p in RECORDS.glob("*.json") if ".rank" not in p.name):
+        size = recorded(name)[0]["memory"]["predicted_peak_bytes"]
+        peak = max(record["summary"]["live_peak_bytes"] for record in recorded(name))
+        assert size is None or 0.9 < size / peak < 1.1, (name, size / peak)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["none_1", "ratio-half_1", "ddp_2", "ddp_4", "zero2_1", "zero2_2", "zero2_4"])
+def test_prediction_for_the_recorded_settings(name, monkeypatch):
+    records = recorded(name)
+    monkeypatch.setattr(memory, "num_processes", lambda: len(records))
+    config = ExperimentConfig(**records[0]["config"])
+    size = memory.planned_peak(config)(MemorySettings(**records[0]["memory"]["settings"]))
+    peak = max(record["summary"]["live_peak_bytes"] for record in records)
+    assert 0.9 < size / peak < 1.1
+
+
+def test_a_recorded_out_of_memory_is_in_its_record():
+    (record,) = recorded("oom-recovery_1")
+    assert record["status"] == "ok" and record["config"]["budget_gib"]
+    event = record["memory"]["oom_events"][0]
+    assert (event["rows"], event["retry_rows"]) == (4, 2) and "allocate memory" in event["error"]
+
+
+def test_table_and_chart_are_drawn_from_the_records(tmp_path):
+    from visualization.memory_strategies import main
+
+    assert main(["--runs", str(RECORDS), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "memory_strategies.md").read_text() == (ROOT / "results/memory_strategies.md").read_text()
+    assert (tmp_path / "memory_per_process.png").stat().st_size > 10_000
 
 
 def run_train(*options: str, env: dict | None = None, words: tuple = ()) -> subprocess.CompletedProcess:

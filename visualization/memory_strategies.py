@@ -96,8 +96,9 @@ def long_table(runs: dict[str, list[dict]]) -> pd.DataFrame:
         row["peak"], row["predicted"] = peak_and_prediction(records)
         rows.append(row | {"first": held[0], "last": held[-1], "reason": records[0]["memory"]["reason"]})
     frame = pd.DataFrame(rows)
+    whole = frame[frame["processes"] == 1]["first"].max() if rows else None  # nan without a run of one process
     for name in ("first", "last"):
-        frame[f"{name}_share"] = frame[name] / frame["first"][0]
+        frame[f"{name}_share"] = frame[name] / whole if rows else None
     return frame
 
 
@@ -176,7 +177,7 @@ def long_markdown(runs: dict[str, list[dict]]) -> str:
     ]
     for row in long_table(runs).itertuples():
         sizes = " | ".join(f"{size:,.0f}" for size in (row.peak, row.predicted, row.first, row.last))
-        share = "1" if row.processes == 1 else f"{row.first_share:.3f}, {row.last_share:.3f}"
+        share = "–" if pd.isna(row.first_share) else f"{row.first_share:.3f}, {row.last_share:.3f}"
         lines.append(f"| {row.processes} | {row.chosen} | {sizes} | {share} |")
     return "\n".join(lines) + "\n"
 
@@ -189,14 +190,16 @@ def chart(runs: dict[str, list[dict]]):
     frame, long = table(runs), long_table(runs)
     frame["strategy"] = frame["strategy"].replace(STRATEGIES["none"][0], STRATEGIES["ddp"][0])
     frame["states"] = frame["gradients"] + frame["adamw"]
-    long["strategy"], long["activations"] = STRATEGIES["split"][0], long[["first", "last"]].max(axis=1)
-    tokens = [record["config"]["prompt_tokens"] for record in (runs["none_1"][0], runs["long_1"][0])]
-    panels = (
+    tokens = runs["none_1"][0]["config"]["prompt_tokens"]
+    panels = [
         (frame, "states", "gradients and AdamW's state", ("ddp", "zero2")),
-        (frame, "activations", f"activations, {tokens[0]:,} + 16 tokens", ("ddp", "split")),
-        (long, "activations", f"activations, {tokens[1]:,} + 100 tokens", ("split",)),
-    )
-    for axes, (data, column, title, names) in zip(figure.subplots(1, 3), panels, strict=True):
+        (frame, "activations", f"activations, {tokens:,} + 16 tokens", ("ddp", "split")),
+    ]
+    if "long_1" in runs:
+        long["strategy"], long["activations"] = STRATEGIES["split"][0], long[["first", "last"]].max(axis=1)
+        title = f"activations, {runs['long_1'][0]['config']['prompt_tokens']:,} + 100 tokens"
+        panels.append((long, "activations", title, ("split",)))
+    for axes, (data, column, title, names) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         for name in names:
             words, colour, marker = STRATEGIES[name]
             line = data[(data["strategy"] == words) | (data["processes"] == 1)]
