@@ -7,7 +7,7 @@
 See docs/memory_strategies.md for the names. A run without the section does what it did before there was one.
 """
 
-import importlib.util
+import dataclasses
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -30,8 +30,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def decide(config: ExperimentConfig, stage) -> "MemoryChoice | None":
+def decide(config: ExperimentConfig, stage, longest_prompt: int | None = None) -> "MemoryChoice | None":
     """The strategies of the run; None if the configuration has no `memory` section.
+
+    Args:
+        longest_prompt: tokens of the longest prompt of a data set; None for built-in prompts, whose length is set.
 
     Raises:
         MemorySettingsError: see `choose_memory_strategy`; also for a tree that has none of the strategies.
@@ -41,16 +44,25 @@ def decide(config: ExperimentConfig, stage) -> "MemoryChoice | None":
     from lowmem.memory_strategy import MemorySettingsError, choose_memory_strategy, parse_memory_settings
 
     settings = parse_memory_settings(config.memory)
+    if longest_prompt is not None:
+        config = dataclasses.replace(config, prompt_tokens=longest_prompt)
     if stage.pin != "v1.16.0" or stage.name == "0":
         raise MemorySettingsError(
             f"the variant {config.variant!r} has no memory strategies. Use `memory`, which is TRL v1.16.0 with the "
             "patch series, or remove the `memory` section."
         )
+    if config.variant.startswith("shared-prefix"):
+        if settings.sequence_parallel_size(num_processes()) > 1:
+            raise MemorySettingsError(
+                "memory.sequence_parallelism contradicts the shared prefix, whose prompt is kept as keys and values "
+                "that would have to be split as well. Use the variant `memory` where completions are long."
+            )
+        settings = dataclasses.replace(settings, sequence_parallelism=False)
     choice = choose_memory_strategy(
         settings,
         num_processes(),
         config.prompt_tokens + config.response_tokens,
-        budget_bytes=None if config.budget_gib is None else int(config.budget_gib * GIB),
+        budget_bytes=tensor_budget(config),
         predict=planned_peak(config),
         has_accelerator=torch.accelerator.is_available(),
     )
@@ -62,20 +74,33 @@ def decide(config: ExperimentConfig, stage) -> "MemoryChoice | None":
     return choice
 
 
-# Of what recomputing whole layers saves, keeping the attention saves this share; 0.84 in results/memory_recompute.md
-SELECTIVE_SHARE = 0.8
-
-
-def planned_peak(config: ExperimentConfig) -> "Callable[[MemorySettings], int] | None":
-    """Peak bytes of one process under settings by the planner, or None where the library has no planner.
-
-    The planner runs the step without recomputation and with. Between them the peak is linear in the recomputed
-    layers; sequence peers divide what is above weights, gradients and AdamW's state.
-    """
-    if importlib.util.find_spec("lowmem.plan_step") is None:
+def tensor_budget(config: ExperimentConfig) -> int | None:
+    """The largest predicted peak that `budget_gib` leaves room for, beside the process and what is not simulated."""
+    if config.budget_gib is None:
         return None
-    import dataclasses
+    from lowmem.plan_verdict import CPU, CUDA, largest_peak
 
+    budget = int(config.budget_gib * GIB)
+    if torch.cuda.is_available():
+        return largest_peak(budget, CUDA)
+    with open("/proc/self/status") as status:
+        resident = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS"))
+    return largest_peak(budget - resident, CPU)
+
+
+# Of what recomputing whole layers saves, keeping the attention saves this share; 0.84 in results/memory_recompute.md
+SELECTIVE_SHARE = 0.84
+BUCKET_BYTES = 2 * 4 * 5_000_000  # of lowmem.zero2.zero2_config
+STATES = ("weights", "gradients", "optimizer")
+
+
+def planned_peak(config: ExperimentConfig) -> "Callable[[MemorySettings], int]":
+    """Peak bytes of one process under settings: the planner's step without and with recomputation, and arithmetic.
+
+    Between the two the kept activations are linear in the recomputed layers, and sequence peers divide them; states
+    are those of `engine_bytes`; generation and scoring are not divided. Equal to recorded peaks to about a tenth
+    (docs/memory_strategies.md).
+    """
     from lowmem.plan_config import PlanConfig, from_training_file
     from lowmem.plan_step import simulate
 
@@ -83,38 +108,63 @@ def planned_peak(config: ExperimentConfig) -> "Callable[[MemorySettings], int] |
     names = known.keys() - {"memory", "variant", "gradient_checkpointing", "rows_per_micro_batch", "rows_per_rollout"}
     shape = from_training_file({name: known[name] for name in names})
     shape |= {"shared_prefix": config.variant.startswith("shared-prefix"), "lm_head": "completion"}
-    peaks: dict[tuple, tuple[int, int]] = {}
+    shape["vocab_size"] = config.vocab_size or config.tokenizer_vocab_size
+    if shape["shared_prefix"]:  # never padded
+        shape.pop("prompt_tokens_min", None)
+    width = getattr(torch, config.dtype).itemsize
+    steps: dict[tuple, dict] = {}
 
-    def simulated(recompute: bool, offload: bool, rows: int) -> tuple[int, int]:
-        """Bytes of one process: the peak, and of it what sequence peers do not divide (weights, gradients, AdamW)."""
-        key = (recompute, offload, rows)
-        if key not in peaks:
-            extra = {"ranks": num_processes(), "shard": "gradients"} if offload and num_processes() > 1 else {}
+    def simulated(recompute: bool, rows: int) -> dict:
+        if (recompute, rows) not in steps:
             plan = PlanConfig(
                 **shape,
-                **extra,
                 gradient_checkpointing=recompute,
-                offload_optimizer=offload,
                 rows_per_micro_batch=rows,
                 rows_per_rollout=max(1, config.rows_per_step // num_processes()),
             )
-            step = simulate(plan, cuda=torch.cuda.is_available())
-            width = getattr(torch, config.dtype).itemsize
-            peaks[key] = step.peak_bytes, width * (step.parameters + (0 if offload else 3 * step.trainable))
-        return peaks[key]
+            found = simulate(plan, cuda=torch.cuda.is_available()).by_phase
+            beside = {p: sum(c.values()) - sum(c.get(s, 0) for s in STATES) for p, c in found.items()}
+            steps[recompute, rows] = beside | {"states": {s: found["optimizer"].get(s, 0) for s in STATES}}
+        return steps[recompute, rows]
 
     def predict(settings: "MemorySettings") -> int:
         size = settings.sequence_parallel_size(num_processes())
-        pools = num_processes() // size
-        rows = min(config.rows_per_micro_batch or config.rows_per_step, config.rows_per_step // pools)
-        kept, states = simulated(False, settings.uses_deepspeed, rows)
-        ratio = settings.gradient_checkpointing_ratio or 0.0
-        if ratio:
-            recomputed, _ = simulated(True, settings.uses_deepspeed, rows)
-            kept -= int(ratio * (SELECTIVE_SHARE if settings.selective_checkpointing else 1.0) * (kept - recomputed))
-        return states + max(0, kept - states) // size
+        rows_of_pool = config.rows_per_step // (num_processes() // size)
+        rows = min(config.rows_per_micro_batch or rows_of_pool, rows_of_pool)
+        plain = simulated(False, rows)
+        kept, extra = plain["train_forward"], max(0, plain["train_backward"] - plain["train_forward"])
+        if ratio := settings.gradient_checkpointing_ratio:
+            step = simulated(True, rows)
+            ratio *= SELECTIVE_SHARE if settings.selective_checkpointing else 1
+            kept -= int(ratio * (kept - step["train_forward"]))
+            extra = max(extra, int(ratio * (step["train_backward"] - step["train_forward"])))
+        states, engine_extra = engine_bytes(settings, plain["states"], width, extra)
+        gradients = 0 if settings.uses_deepspeed else plain["states"]["gradients"]
+        resting = states - gradients + max(plain["generate"], plain["score"])
+        before = gradients if rows == rows_of_pool else 0  # without accumulation a forward begins without gradients
+        return max(resting, states + extra + engine_extra, states - before + kept // size + extra + engine_extra)
 
     return predict
+
+
+def engine_bytes(settings: "MemorySettings", states: dict[str, int], width: int, largest: int) -> tuple[int, int]:
+    """Weights, gradients and AdamW's state on one process's device, and what the backward holds on top of them.
+
+    On a CPU, host and device are one, so offloading hides nothing: there the engine's buffers are what the records
+    zero2_1, zero2_2 and zero2_4 hold.
+
+    Args:
+        width: bytes of a weight.
+        largest: bytes of the largest gradient.
+    """
+    weights, gradients, optimizer = (states[name] for name in STATES)
+    if not settings.uses_deepspeed:  # DDP reduces through buckets as large as the gradients
+        return weights + optimizer + gradients * (1 + (num_processes() > 1)), 0
+    whole = 4 * gradients // width  # of the trained weights, in float32
+    if not torch.accelerator.is_available():
+        return int(weights + 1.4 * whole + 6 * whole / num_processes()) + BUCKET_BYTES, 2 * largest
+    parts = 0 if settings.grad_offload else 4 * whole // num_processes()  # gradients, float32 weights, two moments
+    return weights + parts + BUCKET_BYTES, 0
 
 
 def rloo_arguments(config: ExperimentConfig, choice: "MemoryChoice | None") -> dict:
@@ -143,12 +193,10 @@ def rloo_arguments(config: ExperimentConfig, choice: "MemoryChoice | None") -> d
         arguments["gradient_checkpointing_ratio"] = settings.gradient_checkpointing_ratio
         arguments["selective_checkpointing"] = settings.selective_checkpointing
     if settings.uses_deepspeed:
-        from lowmem.zero2 import zero2_config
+        from lowmem.zero2 import stand_alone, zero2_config
 
+        stand_alone()
         arguments["deepspeed"] = zero2_config(offload=bool(settings.grad_offload))
-        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
-            os.environ.setdefault(name, value)  # one process, started without a launcher
-        os.environ.setdefault("MASTER_PORT", "0")
     if size > 1:
         arguments["sequence_parallel_size"] = size
     for name in ("activation_offloading", "oom_recovery"):
@@ -187,6 +235,17 @@ def callbacks(choice: "MemoryChoice | None") -> list:
     from lowmem.zero2 import Zero2Check
 
     return [Zero2Check(num_processes())]
+
+
+def check_world(trainer) -> None:
+    """Raises RuntimeError if the trainer does not communicate with all processes that were started: each would train
+    for itself, to the end and without an error."""
+    found = trainer.accelerator.num_processes
+    if found != num_processes():
+        raise RuntimeError(
+            f"{num_processes()} processes were started (WORLD_SIZE), but the trainer sees {found}: they would train "
+            "apart from each other. Start them with torchrun; without an accelerator, `use_cpu` has to be true."
+        )
 
 
 def record_of(choice: "MemoryChoice | None", trainer, products: ProductFlops) -> dict | None:

@@ -1,4 +1,5 @@
-"""Runs every memory strategy on one model, and the three cases of the automatic choice, each in fresh processes.
+"""Runs every memory strategy on one model, the three cases of the automatic choice, and rows of 14,100 tokens, each in
+fresh processes.
 
     python experiments/run_memory_strategies.py --runs results/memory/cpu-2core
 
@@ -16,12 +17,15 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import torch  # noqa: E402
 from run_matrix import MALLOC  # noqa: E402
 
 from memory_monitor import run_monitored  # noqa: E402
 
 CONFIGS = Path("experiments/configs/memory")
 OFFLOAD = {"grad_offload": True, "zero2_gradient_sharding": True}
+# Four rows at once do not fit, two do: on a CPU the interpreter is in the budget
+OOM_OPTIONS = ["--rows_per_micro_batch=4", "--budget_gib=" + ("1.35" if torch.cuda.is_available() else "1.75")]
 # name -> (processes, `memory:` section on top of layers.yaml, or a file of its own)
 RUNS = {
     "none_1": (1, {}),
@@ -29,6 +33,7 @@ RUNS = {
     "ratio-all_1": (1, {"gradient_checkpointing_ratio": 1.0}),
     "selective-half_1": (1, {"gradient_checkpointing_ratio": 0.5, "selective_checkpointing": True}),
     "selective-all_1": (1, {"selective_checkpointing": True}),
+    "oom-recovery_1": (1, {"oom_recovery": True}),
     "zero2_1": (1, "one_process_long"),
     "ddp_2": (2, {}),
     "zero2_2": (2, "two_processes_short"),
@@ -38,7 +43,12 @@ RUNS = {
     "zero2_4": (4, OFFLOAD),
     "split_4": (4, {"sequence_parallelism": 4}),
     "split-zero2_4": (4, "four_processes_both"),
+    "long_1": (1, "fourteen_thousand_tokens"),
+    "long_2": (2, "fourteen_thousand_tokens"),
+    "long_4": (4, "fourteen_thousand_tokens"),
 }
+if torch.cuda.is_available():
+    RUNS["activations-offloaded_1"] = (1, {"activation_offloading": True})
 
 
 def command_of(name: str, record: Path) -> list[str]:
@@ -47,6 +57,7 @@ def command_of(name: str, record: Path) -> list[str]:
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     words = words if processes > 1 else [sys.executable]
     words += ["experiments/train.py", "--config", str(CONFIGS / f"{config}.yaml"), "--record", str(record)]
+    words += OOM_OPTIONS if name == "oom-recovery_1" else []
     return words if isinstance(memory, str) else [*words, "--memory", json.dumps(memory)]
 
 

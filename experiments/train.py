@@ -67,7 +67,8 @@ def set_budget(config: ExperimentConfig, parameters: int) -> None:
         return
     budget = int(config.budget_gib * GIB)
     width = {"float32": 4, "bfloat16": 2, "float64": 8}[config.dtype]
-    needed = parameters * width * (2 if config.lora_rank else 5)  # policy, reference; gradients, two moments
+    # Policy, reference; gradients, two moments. Memory strategies may keep the latter elsewhere
+    needed = parameters * width * (2 if config.lora_rank or config.memory is not None else 5)
     if needed > budget:
         raise ValueError(
             f"budget_gib is {config.budget_gib}, but {parameters:,} parameters need {needed / GIB:.2f} GiB "

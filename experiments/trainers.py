@@ -135,12 +135,15 @@ def build_v116(
         peft_config=lora_config(config) if config.lora_rank else None,
         callbacks=[*callbacks, *memory.callbacks(choice)],
     )
+    if choice is not None:
+        memory.check_world(trainer)
     trainer.memory_choice = choice
     return trainer, trainer.model, trainer.ref_model  # with adapters, the trainer wraps the model
 
 
 def build_trainer(config: ExperimentConfig, stage, tokenizer, prompts: list[str], callbacks: list):
     set_seed(config.seed)  # v0.20.0 shuffles its mini-batches with numpy's generator and seeds only torch's
-    choice = memory.decide(config, stage)
+    longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in prompts) if config.dataset else None
+    choice = memory.decide(config, stage, longest)
     build = {"v0.20.0": build_v020, "v1.16.0": functools.partial(build_v116, choice=choice)}[stage.pin]
     return build(config, tokenizer, prompts, stage.name, callbacks)

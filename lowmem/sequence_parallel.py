@@ -33,11 +33,14 @@ from torch.distributed._functional_collectives import all_gather_single_autograd
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from lowmem.shared_prefix_checks import STATIC_ROPE_TYPES, transformers_model
 
 ATTENTION = "lowmem_sequence_parallel"
+LONG_ROW = 1024  # tokens from which on padded rows are scored without a dense mask, which has 1 MiB per row here
+_flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # (model, inputs, labels) -> log-probabilities (B, L) and entropies (B, L) or None. `inputs` go to the model's forward
 # as they are; `labels` (B, L) are those of the tokens that follow, -100 where nothing is scored.
 ShardForward = Callable[[nn.Module, dict, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
@@ -112,6 +115,8 @@ def sequence_attention(module, query, key, value, attention_mask, sequence_peers
     Without `sequence_peers` it is transformers' sdpa attention: generation, scoring and evaluation.
     """
     if sequence_peers is None:
+        if attention_mask is not None and attention_mask.ndim == 2:
+            return _attention_of_padded_rows(query, key, value, attention_mask, kwargs.get("scaling")), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     named = {name: kwargs.get(name) for name in ("sliding_window", "softcap", "s_aux", "position_bias")}
     if unknown := [name for name, setting in named.items() if setting is not None]:
@@ -128,18 +133,70 @@ def sequence_attention(module, query, key, value, attention_mask, sequence_peers
     return output.transpose(1, 2).contiguous(), None
 
 
+def padding_mask(batch_size: int, q_length: int, kv_length: int, **kwargs):
+    """transformers' `sdpa_mask`, but of long rows the padding alone, (B, S), instead of a mask with S x S entries."""
+    mask = kwargs.get("attention_mask")
+    is_plain = kwargs.get("mask_function", causal_mask_function) is causal_mask_function and q_length == kv_length
+    if is_plain and kv_length >= LONG_ROW and mask is not None and mask.shape[1] == kv_length:
+        mask = mask.bool()
+        has_one_run = (mask[:, 1:] & ~mask[:, :-1]).sum(1) + mask[:, 0] <= 1
+        if has_one_run.all() and not mask.all():
+            return mask
+    return sdpa_mask(batch_size, q_length, kv_length, **kwargs)
+
+
+def _attention_of_padded_rows(query, keys, values, mask, scale):
+    """Causal attention (B, S, H, D) of whole rows, each over its own tokens; 0 on padding."""
+    output = torch.zeros_like(query)
+    for row, (first, length) in enumerate(zip(mask.int().argmax(1).tolist(), mask.sum(1).tolist())):
+        own = (slice(row, row + 1), slice(None), slice(first, first + length))
+        if length:
+            output[own] = _causal_attention(query[own], keys[own], values[own], scale)
+    return output.transpose(1, 2).contiguous()
+
+
 def _causal_attention(query, keys, values, scale):
     """Attention of the last L of `end` positions, without a mask tensor."""
     is_grouped = query.shape[1] != keys.shape[1]
+    if query.shape[2] == keys.shape[2]:
+        return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale, enable_gqa=is_grouped)
     if query.device.type == "cpu":  # its kernel would build the aligned mask: (L, end) floats, kept for the backward
-        before = keys.shape[2] - query.shape[2]
-        padded = F.pad(query, (0, 0, before, 0))
-        output = F.scaled_dot_product_attention(
-            padded, keys, values, is_causal=True, scale=scale, enable_gqa=is_grouped
-        )
-        return output[:, :, before:]
+        return _PastAndOwn.apply(query, keys, values, scale)
     aligned = causal_lower_right(query.shape[2], keys.shape[2])
     return F.scaled_dot_product_attention(query, keys, values, aligned, scale=scale, enable_gqa=is_grouped)
+
+
+class _PastAndOwn(torch.autograd.Function):
+    """softmax(Q K^T + causal mask) V on a CPU, from two calls of torch's kernel, neither with a mask: every query sees
+    all keys before the first query's, and the last L keys causally. The softmax's normaliser Z (B, H, L) joins them;
+    with it, and with the joined output, the kernel's own backward gives each call its part of the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, query, keys, values, scale):
+        before = keys.shape[2] - query.shape[2]
+        past, past_z = _flash_cpu(query, keys[:, :, :before], values[:, :, :before], scale=scale)
+        own, own_z = _flash_cpu(query, keys[:, :, before:], values[:, :, before:], is_causal=True, scale=scale)
+        z = torch.logaddexp(past_z, own_z)
+        output = past * (past_z - z).exp()[..., None] + own * (own_z - z).exp()[..., None]
+        output = output.to(query.dtype)
+        ctx.save_for_backward(query, keys, values, output, z)
+        ctx.scale = scale
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, keys, values, output, z = ctx.saved_tensors
+        before = keys.shape[2] - query.shape[2]
+        past, own = slice(0, before), slice(before, None)
+        grads = [
+            _flash_cpu_backward(
+                grad, query, keys[:, :, part], values[:, :, part], output, z, 0.0, part is own, scale=ctx.scale
+            )
+            for part in (past, own)
+        ]
+        (past_query, *past_pair), (own_query, *own_pair) = grads
+        return past_query + own_query, *(torch.cat(pair, 2) for pair in zip(past_pair, own_pair)), None
 
 
 def why_not_split(model: nn.Module) -> list[str]:
@@ -181,7 +238,7 @@ def split_attention(model: nn.Module) -> None:
     if reasons := why_not_split(model):
         raise NotImplementedError("The sequence cannot be split exactly here. " + " ".join(reasons))
     AttentionInterface.register(ATTENTION, sequence_attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # without it, generation would lose its padding mask
+    AttentionMaskInterface.register(ATTENTION, padding_mask)  # without it, generation would lose its padding mask
     transformers_model(model).set_attn_implementation(ATTENTION)
 
 

@@ -5,7 +5,7 @@ the process that owns its part, which runs AdamW on the CPU on that part, and ga
 the same path with one part. DeepSpeed does the work; here is the configuration that was shown to be exact, and a check
 that it is really in force, because most of the ways to lose it raise no error:
 
-    RLOOConfig(deepspeed=zero2_config(), ...)             # any transformers trainer; start it with torchrun
+    RLOOConfig(deepspeed=zero2_config(), ...)             # any transformers trainer; torchrun, or `stand_alone()`
     trainer.add_callback(Zero2Check(num_processes=2))     # stops at the first step if something is not sharded
 
 A plain loop calls `check_zero2(engine.optimizer, num_processes)` after `deepspeed.initialize`.
@@ -44,6 +44,17 @@ def zero2_config(*, offload: bool = True, bucket_elements: int = 5_000_000) -> d
         "train_micro_batch_size_per_gpu": "auto",
         "bf16": {"enabled": "auto"},
     }
+
+
+def stand_alone() -> None:
+    """Makes a process that no launcher started a world of its own, for one GPU without torchrun.
+
+    Without ranks in the environment DeepSpeed looks for MPI. Call it before the trainer's config is made; in a
+    process of torchrun it changes nothing.
+    """
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    if "RANK" not in os.environ:
+        os.environ.update(alone)
 
 
 class NotSharded(RuntimeError):

@@ -6,8 +6,9 @@ Every rank writes OUT_PREFIX<rank>.json (gradient norms, logged metrics, byte co
 OUT_PREFIX<rank>.safetensors. The JSON argument holds fields of the trainer's config; names that begin with `_` are
 ours, see `DEFAULTS`.
 
-So that runs with another number of processes or another micro-batch train on the same data, completions are made from
-(call, global row) by a generator of their own instead of being sampled. `"_sampled": true` samples.
+So that runs with another number of processes or another micro-batch, and resumed ones, train on the same data,
+completions are made from (optimizer step, global row) by a generator of their own instead of being sampled.
+`"_sampled": true` samples.
 """
 
 import contextlib
@@ -56,6 +57,7 @@ def main(out: str, settings: dict) -> None:
 
     import data
     from lowmem.live_bytes import LiveBytes
+    from lowmem.zero2 import stand_alone
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
     torch.set_num_threads(1)
@@ -122,6 +124,8 @@ def main(out: str, settings: dict) -> None:
         def on_step_end(self, args, state, control, **kwargs):
             control.should_evaluate = ours["_evaluate"]
 
+    if "deepspeed" in arguments:
+        stand_alone()
     dataset = Dataset.from_dict({"prompt": prompts})
     args = config_class(**arguments)
     trainer = trainer_class(
@@ -169,23 +173,25 @@ def main(out: str, settings: dict) -> None:
 
 
 def make_completions(trainer, longest: int) -> None:
-    """Replaces what was generated: ragged, made from (call, global row), the same for every number of processes."""
+    """Replaces what was generated: ragged, the same for every number of processes."""
     import torch
 
-    calls = {True: 0, False: 0}
+    num_evaluated = 0
 
     def generate(prompt_ids, *_, **__):
+        nonlocal num_evaluated
         is_training = trainer.model.training
+        call = trainer.state.global_step if is_training else num_evaluated
+        num_evaluated += not is_training
         first_row = trainer.accelerator.process_index * len(prompt_ids)
         completions = []
         for row in range(first_row, first_row + len(prompt_ids)):
-            generator = torch.Generator().manual_seed(10_000 * calls[is_training] + row + 5_000 * (not is_training))
+            generator = torch.Generator().manual_seed(10_000 * call + row + 5_000 * (not is_training))
             length = int(torch.randint(1, longest + 1, (1,), generator=generator))
             ids = torch.randint(2, 500, (length,), generator=generator).tolist()
             if length < longest:
                 ids[-1] = trainer.eos_token_ids[0]
             completions.append(ids)
-        calls[is_training] += 1
         return (completions, None) if type(trainer).__name__ == "GRPOTrainer" else completions
 
     trainer._generate_single_turn = generate

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_shared_prefix_models import make_model
+from torchrun import largest_difference, probe
 
 from lowmem.live_bytes import LiveBytes
 from lowmem.logprobs import chunked_logprobs
@@ -12,6 +13,7 @@ from lowmem.mtp_logits import compute_mtp_ce_loss
 from lowmem.mtp_loss import mtp_ce_loss
 from lowmem.shared_prefix import PromptGroup, check_shared_prefix
 from lowmem.shared_prefix_generation import shared_prefix_generate
+from lowmem.zero2 import zero2_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -120,3 +122,104 @@ def test_multi_token_prediction_holds_a_tile():
     torch.cuda.synchronize()
     held = 6 * weight.numel() + 64 * 2**20  # the head's gradient in float32 and in its own type; tiles and workspaces
     assert torch.cuda.max_memory_allocated() - start <= held
+
+
+# --- memory strategies, in the trainer of memory_probe.py ------------------------------------------------------------
+
+CUDA = {"use_cpu": False, "_prompt_tokens": 512, "_completion_tokens": 32}
+CUDA |= {"_shape": {"hidden_size": 256, "intermediate_size": 1024, "head_dim": 64}}
+LAUNCHED = {"env": {}}  # by itself: a fork of the probe server cannot use CUDA if a library has touched it
+
+
+def watch_device(trainer, result) -> None:
+    """Hook of memory_probe: the most that training steps have on the device, and what the step before left there."""
+    step = trainer.training_step
+
+    def watched(*args, **kwargs):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        output = step(*args, **kwargs)
+        result.setdefault("held_bytes", []).append(before)
+        result.setdefault("peak_bytes", []).append(torch.cuda.max_memory_allocated() - before)
+        return output
+
+    trainer.training_step = watched
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    settings = CUDA | {"_hook": "test_gpu:watch_device"}
+    return probe(tmp_path_factory.mktemp("plain"), settings, **LAUNCHED)[0]
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {"gradient_checkpointing": True, "selective_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_ratio": 0.5},
+        {"activation_offloading": True},
+    ],
+    ids=str,
+)
+def test_activations_that_are_not_kept_change_nothing(tmp_path, plain, strategy):
+    ours = probe(tmp_path, CUDA | strategy | {"_hook": "test_gpu:watch_device"}, **LAUNCHED)[0]
+    assert largest_difference(ours["weights"], plain["weights"]) < 1e-5
+    assert ours["peak_bytes"][-1] < 0.9 * plain["peak_bytes"][-1]
+
+
+def engine_and_device(trainer, result) -> None:
+    """Hook of memory_probe: `watch_device`, and where DeepSpeed keeps its parts."""
+    from test_zero2 import watch
+    from transformers import TrainerCallback
+
+    from lowmem.zero2 import zero_optimizer
+
+    watch_device(trainer, result)
+    watch(trainer, result)
+
+    class Places(TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+            zero = zero_optimizer(optimizer)
+            parts = zero.single_partition_of_fp32_groups
+            states = [t for part in parts for t in zero.optimizer.state[part].values() if t.ndim]
+            result["places"] = sorted({t.device.type for t in [*parts, *states]})
+
+    trainer.add_callback(Places())
+
+
+def test_gradients_and_adamw_of_one_gpu_on_the_host_change_nothing(tmp_path, plain):
+    """ZeRO-2 with a world of one: weights of AdamW on the device, and less of it taken between steps."""
+    settings = CUDA | {"deepspeed": zero2_config(bucket_elements=100_000), "_hook": "test_gpu:engine_and_device"}
+    ours = probe(tmp_path, settings, **LAUNCHED)[0]
+    assert largest_difference(ours["weights"], plain["weights"]) < 1e-5
+    full = ours["bytes"]["full_gradient_bytes"]
+    assert ours["bytes"]["optimizer_bytes"] == 2 * full and ours["places"] == ["cpu"]
+    assert ours["held_bytes"][-1] < plain["held_bytes"][-1] - 1.5 * full, "AdamW's moments are still on the device"
+
+
+def limit_device(trainer, result) -> None:
+    """Hook of memory_probe: after the first step, less memory than a whole micro-batch takes."""
+    watch_device(trainer, result)
+    step = trainer.training_step
+
+    def limited(*args, **kwargs):
+        output = step(*args, **kwargs)
+        if len(result["peak_bytes"]) == 1:
+            torch.cuda.empty_cache()
+            allowed = torch.cuda.memory_reserved() + 0.7 * result["peak_bytes"][0]
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(allowed / total)
+        result["events"] = [] if trainer._oom_recovery is None else trainer._oom_recovery.events
+        return output
+
+    trainer.training_step = limited
+
+
+def test_a_cuda_out_of_memory_is_survived(tmp_path, plain):
+    settings = CUDA | {"num_iterations": 4, "_hook": "test_gpu:limit_device"}  # no generation after the first step
+    with pytest.raises(AssertionError, match="out of memory"):
+        probe(tmp_path / "plain", settings, **LAUNCHED)
+    ours = probe(tmp_path / "recovered", settings | {"oom_recovery": True}, **LAUNCHED)[0]
+    assert ours["events"] and "CUDA out of memory" in ours["events"][0]["error"]
+    reference = probe(tmp_path / "reference", CUDA | {"num_iterations": 4}, **LAUNCHED)[0]
+    assert largest_difference(ours["weights"], reference["weights"]) < 1e-5

@@ -282,30 +282,47 @@ def test_activation_bytes_fall_with_the_number_of_peers(run):
     for result in results:
         for checkpointing in ("none", "selective", "full"):
             whole = result[f"{checkpointing} 1"]
-            for size in (2, 4):
+            for size in (2, 4):  # what a CPU keeps of a kept attention are two outputs
                 share = result[f"{checkpointing} {size}"] / whole
-                assert share < 1.6 / size, (checkpointing, size, share)
-    mean = sum(result["none 4"] for result in results) / 4
-    assert mean < 1.3 * results[0]["none 1"] / 4
+                assert share < {"none": 1.12, "selective": 1.3, "full": 1.05}[checkpointing] / size, (size, share)
+
+
+def test_counted_activations_of_fourteen_thousand_tokens_are_close_to_one_nth():
+    """The last of four processes, whose queries have the longest past, in a group that does not communicate."""
+    from recompute_table import measure
+
+    whole = measure(None, False, 14_100, has_head=False)["held_bytes"]
+    last = measure(None, False, 14_100, 4, 3, has_head=False)
+    assert whole / 4 < last["held_bytes"] < 1.07 * whole / 4
+    half = measure(None, False, 7_050, 4, 3, has_head=False)
+    for name in ("held_bytes", "peak_bytes"):
+        assert last[name] < 2.01 * half[name], "something is quadratic"
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2)])
 def test_both_causal_attentions_are_the_last_rows_of_the_whole(heads, kv_heads):
-    """The one for CPUs and the one for accelerators, whose aligned mask also runs on a CPU."""
-    torch.manual_seed(0)
-    query, keys, values = (torch.randn(2, n, 10, 8, dtype=torch.float64) for n in (heads, kv_heads, kv_heads))
-    whole = torch.nn.functional.scaled_dot_product_attention(
-        query, keys, values, is_causal=True, enable_gqa=heads != kv_heads
-    )
-    for end in (4, 10):
-        queries, expected = query[:, :, end - 4 : end], whole[:, :, end - 4 : end]
-        keys_so_far, values_so_far = keys[:, :, :end], values[:, :, :end]
-        torch.testing.assert_close(_causal_attention(queries, keys_so_far, values_so_far, None), expected)
-        bias = torch.nn.attention.bias.causal_lower_right(4, end)
-        aligned = torch.nn.functional.scaled_dot_product_attention(
-            queries, keys_so_far, values_so_far, bias, enable_gqa=heads != kv_heads
+    """The one for CPUs and the one for accelerators, whose aligned mask also runs on a CPU; gradients too."""
+
+    def aligned(query, keys, values, scale):
+        bias = torch.nn.attention.bias.causal_lower_right(query.shape[2], keys.shape[2])
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, keys, values, bias, scale=scale, enable_gqa=heads != kv_heads
         )
-        torch.testing.assert_close(aligned, expected)
+
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, n, 10, 8, dtype=torch.float64) for n in (heads, kv_heads, kv_heads)]
+    for start, end in ((0, 4), (6, 10), (9, 10)):
+        query, keys, values = (tensor[:, :, :end].clone().requires_grad_() for tensor in tensors)
+        whole = torch.nn.functional.scaled_dot_product_attention(
+            query, keys, values, is_causal=True, scale=0.3, enable_gqa=heads != kv_heads
+        )[:, :, start:]
+        weights = torch.randn_like(whole)
+        expected = torch.autograd.grad((whole * weights).sum(), (query, keys, values))
+        for attention in (_causal_attention, aligned):
+            found = attention(query[:, :, start:], keys, values, 0.3)
+            torch.testing.assert_close(found, whole, rtol=0, atol=1e-12)
+            grads = torch.autograd.grad((found * weights).sum(), (query, keys, values))
+            torch.testing.assert_close(grads, expected, rtol=0, atol=1e-12)
 
 
 def test_a_world_that_does_not_fit_is_an_error_that_names_the_launcher():
@@ -346,6 +363,30 @@ def test_generation_keeps_its_padding_mask():
     torch.testing.assert_close(model(prompts, attention_mask=prompt_mask).logits[:, -1], logits)
     ignored = model(prompts, attention_mask=torch.ones_like(prompt_mask)).logits[:, -1]
     assert not torch.allclose(ignored, logits), "the padding changes nothing here, so this is no test"
+
+
+def test_long_padded_rows_are_scored_without_a_dense_mask():
+    """Scoring and generation of whole rows, which nobody splits; the plain model's mask has rows x S x S entries."""
+    from lowmem.live_bytes import LiveBytes
+
+    tokens, peaks = 1100, {}
+    model = build("qwen3", torch.float64, num_hidden_layers=2)
+    ids = torch.randint(1, VOCAB, (2, tokens), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :300], mask[1, -5:] = 0, 0
+    scores = {}
+    for name in ("plain", "split"):
+        if name == "split":
+            split_attention(model)
+        with LiveBytes() as meter, torch.no_grad():
+            scores[name] = whole_logps(model, ids, mask)
+        peaks[name] = meter.peak_bytes
+    torch.testing.assert_close(scores["split"], scores["plain"], rtol=0, atol=1e-5)  # float32 positions of RoPE
+    assert peaks["plain"] > peaks["split"] + 2 * tokens**2
+    options = {"attention_mask": mask[:1], "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    found = model.eval().generate(ids[:1], **options)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(found, model.generate(ids[:1], **options))
 
 
 def test_a_hole_in_a_mask_is_an_error():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchrun import largest_difference, probe
+from torchrun import failing_probe, largest_difference, probe
 
 from lowmem.zero2 import NotSharded, Zero2Check, check_zero2, zero2_config
 
@@ -33,6 +33,7 @@ def watch(trainer, result) -> None:
     class Bytes(TrainerCallback):
         def on_substep_end(self, args, state, control, optimizer=None, **kwargs):
             result["between"] = zero2_bytes(optimizer)
+            result["bytes_in_part"] = bytes_in_part(optimizer)
 
         def on_step_end(self, args, state, control, optimizer=None, **kwargs):
             result["bytes"] = check.bytes
@@ -44,6 +45,21 @@ def watch(trainer, result) -> None:
 
     trainer.add_callback(check)
     trainer.add_callback(Bytes())
+
+
+def bytes_in_part(optimizer) -> list[int]:
+    """Bytes of the parameters that lie in this process's part, those on its borders whole, and of the largest."""
+    from lowmem.zero2 import zero_optimizer
+
+    zero, found, largest = zero_optimizer(optimizer), 0, 0
+    for parameters, part in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups):
+        first = part.numel() * torch.distributed.get_rank()
+        end = 0
+        for parameter in parameters:
+            start, end = end, end + parameter.numel()
+            found += 4 * parameter.numel() * (start < first + part.numel() and end > first)
+            largest = max(largest, 4 * parameter.numel())
+    return [found, largest]
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +76,9 @@ def runs(tmp_path_factory):
     return run
 
 
-def assert_same_training(ours, reference, tolerance=1e-5):
+def assert_same_training(ours, reference, tolerance=1e-5, metrics=("grad_norm", "reward", "entropy")):
     """Gradient norms before the weights: Adam and clipping hide gradients that are wrong by a factor."""
-    for name in ("grad_norm", "reward", "entropy"):
+    for name in metrics:
         found, expected = ([log[name] for log in run["log"] if name in log] for run in (ours, reference))
         assert len(found) == len(expected) >= (4 if name == "grad_norm" else 2)  # one reward per generation
         torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=tolerance, atol=tolerance)
@@ -107,28 +123,47 @@ def test_untied_embeddings_match_ddp(runs):
 @SLOW
 @pytest.mark.parametrize("processes", [2, 4])
 def test_accumulation_does_not_bring_whole_gradients_back(runs, processes):
+    """Between two micro-batches the device holds no gradient, and the host those of the parameters of this part."""
+    wide = {"_shape": {"intermediate_size": 256}}  # no parameter is as large as a part
     settings = {**rows(processes, accumulate=2), "gradient_checkpointing": True, "selective_checkpointing": True}
-    results = runs(processes, **zero2(), **settings)
+    results = runs(processes, **zero2(**wide), **settings)
     assert_sharded(results)
-    assert_same_training(results[0], runs(1, **rows(1, accumulate=2))[0])
+    reference = runs(1, **rows(1, accumulate=2), **wide)[0]
     full = results[0]["bytes"]["full_gradient_bytes"]
-    embedding = max(4 * weight.numel() for weight in results[0]["weights"].values())
-    for result in results:  # on the host: the parameters of this part, those on its border whole
+    for result in results:
+        assert_same_training(result, reference, metrics=("grad_norm", "reward"))  # entropy: other micro-batches
+        in_part, largest = result["bytes_in_part"]
         assert result["between"]["device_gradient_bytes"] == 0
-        assert 0 < result["between"]["accumulated_bytes"] <= full / processes + 2 * embedding
+        assert result["between"]["accumulated_bytes"] == in_part < full / processes + 2 * largest
+    assert sum(result["between"]["accumulated_bytes"] for result in results) < 1.6 * full
 
 
 @SLOW
-def test_resumed_run_is_the_run_that_was_not_interrupted(runs, tmp_path):
+def test_accumulation_matches_ddp(runs):
+    settings = rows(2, accumulate=2)
+    reference = runs(2, **settings)
+    for ours, theirs in zip(runs(2, **zero2(), **settings), reference):
+        assert_same_training(ours, theirs)
+
+
+@SLOW
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(runs, tmp_path):
+    """Weights, AdamW's moments in parts, schedule: all that two more steps after a checkpoint depend on."""
+    from transformers import AutoModelForCausalLM
+
     saving = {"output_dir": str(tmp_path / "out"), "save_strategy": "steps", "save_steps": 2}
     whole = runs(2, **zero2(**saving), **rows(2))
-    rest = runs(2, **zero2(**saving, _resume=str(tmp_path / "out/checkpoint-2")), **rows(2))
-    # Completions of a call are the same in both, so the two steps after the checkpoint repeat the first generation
-    plain = {"output_dir": str(tmp_path / "ddp"), "save_strategy": "steps", "save_steps": 2}
-    runs(2, **plain, **rows(2))
-    reference = runs(2, **plain, _resume=str(tmp_path / "ddp/checkpoint-2"), **rows(2))
-    assert largest_difference(rest[0]["weights"], reference[0]["weights"]) < 1e-5
-    assert largest_difference(rest[0]["weights"], whole[0]["weights"]) > 1e-5, "nothing was trained after resuming"
+    checkpoint = tmp_path / "out/checkpoint-2"
+    resumed = runs(2, **zero2(**saving, _resume=str(checkpoint)), **rows(2))
+    assert [log["grad_norm"] for log in resumed[0]["log"] if "grad_norm" in log] == pytest.approx(
+        [log["grad_norm"] for log in whole[0]["log"] if "grad_norm" in log][2:], rel=1e-5
+    )
+    for ours, reference in zip(resumed, whole):
+        assert largest_difference(ours["weights"], reference["weights"]) < 1e-5
+    saved = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)  # safetensors beside the parts
+    halfway = {name: parameter.detach() for name, parameter in saved.named_parameters()}
+    assert largest_difference(halfway, whole[0]["weights"]) > 1e-4, "nothing was trained after resuming"
+    assert largest_difference(whole[0]["weights"], runs(2, **rows(2))[0]["weights"]) < 1e-5
 
 
 @SLOW
@@ -145,6 +180,31 @@ def test_gradients_that_are_too_small_are_seen(runs):
     wrong = runs(2, **zero2(_fault="half the loss"), **rows(2))[0]
     with pytest.raises(AssertionError):
         assert_same_training(wrong, runs(2, **rows(2))[0])
+
+
+def ask_for_two(trainer, result) -> None:
+    """Hook of memory_probe."""
+    trainer.add_callback(Zero2Check(2))
+
+
+TWO = {"per_device_train_batch_size": 4}
+STAGE_ONE = zero2_config() | {"zero_optimization": {"stage": 1}}
+
+
+@pytest.mark.parametrize(
+    "processes, settings, reason",
+    [
+        pytest.param(2, {"per_device_train_batch_size": 4}, "without DeepSpeed's inside", id="DDP"),
+        pytest.param(
+            2, {"deepspeed": STAGE_ONE, "per_device_train_batch_size": 4}, "stage 1", id="stage 1", marks=SLOW
+        ),
+        pytest.param(1, {"deepspeed": zero2_config()}, "2 processes were asked for and 1 run", id="world", marks=SLOW),
+    ],
+)
+def test_a_training_that_is_not_sharded_stops_at_its_start(tmp_path, processes, settings, reason):
+    """Each of these would train to its end without an error."""
+    said = failing_probe(tmp_path, COMMON | settings | {"_hook": "test_zero2:ask_for_two"}, processes)
+    assert "NotSharded" in said and reason in said, said[-2000:]
 
 
 class Fake:

@@ -1,5 +1,7 @@
 """Starts a script alone or under torchrun, with a time limit: a hang is a failure with the last words of the ranks."""
 
+import atexit
+import functools
 import json
 import os
 import signal
@@ -36,18 +38,58 @@ def launch(script: str, *arguments: str, processes: int = 1, timeout_s: float = 
     return output
 
 
-def probe(folder: Path, settings: dict, processes: int = 1, **options) -> list[dict]:
-    """`memory_probe.py` in `processes` processes: one result per rank, its weights under "weights"."""
+def probe(folder: Path, settings: dict, processes: int = 1, timeout_s: float = 300, env=None) -> list[dict]:
+    """`memory_probe.py` in `processes` processes: one result per rank, its weights under "weights".
+
+    Raises:
+        AssertionError: as `launch`.
+    """
     from safetensors.torch import load_file
 
     out = folder / "run-"
     folder.mkdir(parents=True, exist_ok=True)
-    launch("tests/memory_probe.py", str(out), json.dumps(settings), processes=processes, **options)
+    if env is None:
+        said = ask_server({"out": str(out), "settings": settings, "processes": processes, "timeout_s": timeout_s})
+        assert not any(said["returncodes"]), f"ranks ended with {said['returncodes']}:\n{said['said'][-4000:]}"
+    else:
+        launch("tests/memory_probe.py", str(out), json.dumps(settings), processes=processes, env=env)
     results = []
     for rank in range(processes):
         result = json.loads(Path(f"{out}{rank}.json").read_text())
         results.append(result | {"weights": load_file(f"{out}{rank}.safetensors")})
     return results
+
+
+def failing_probe(folder: Path, settings: dict, processes: int = 1) -> str:
+    """What a probe says that has to fail."""
+    out = str(folder / "run-")
+    said = ask_server({"out": out, "settings": settings, "processes": processes, "timeout_s": 120})
+    assert any(said["returncodes"]), "the run did not fail"
+    return said["said"]
+
+
+@functools.cache
+def server() -> subprocess.Popen:
+    """probe_server.py, which imports once for all probes of a test session; it ends when its stdin is closed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests/probe_server.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+    )
+    atexit.register(process.stdin.close)
+    return process
+
+
+def ask_server(request: dict) -> dict:
+    process = server()
+    print(json.dumps(request), file=process.stdin, flush=True)
+    answer = process.stdout.readline()
+    assert answer, f"probe_server.py ended with {process.wait()}"
+    return json.loads(answer)
 
 
 def largest_difference(ours: dict, reference: dict) -> float:
