@@ -128,13 +128,6 @@ def test_offloaded_activations_change_nothing(runs, trainer):
     assert ours["offloaded_bytes"] == ours["restored_bytes"] > 4 * 4 * 8 * 13 * 64 * 4  # more than one MLP activation
 
 
-@SLOW
-def test_offloaded_activations_of_the_shared_prefix_change_nothing(runs):
-    ours = runs(shared_prefix=True, _hook="test_memory_rloo:offload_to_host")[0]
-    assert_identical(ours, runs(shared_prefix=True)[0])
-    assert ours["offloaded"] > 4 * 10 * 4
-
-
 # --- out of memory ---------------------------------------------------------------------------------------------------
 
 
@@ -349,6 +342,7 @@ def test_a_fault_of_split_sequences_is_seen(runs, tmp_path, fault):
     "settings, error",
     [
         ({"activation_offloading": True}, "there is no accelerator"),
+        ({"activation_offloading": True, "shared_prefix": True}, "does not support `shared_prefix=True`"),
         ({"selective_checkpointing": True}, "Set `gradient_checkpointing=True`"),
         pytest.param({"sequence_parallel_size": 2}, "1 process.*torchrun", marks=SLOW),
         pytest.param({"_trainer": "grpo", "activation_offloading": True}, "there is no accelerator", marks=SLOW),
