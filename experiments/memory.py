@@ -88,83 +88,20 @@ def tensor_budget(config: ExperimentConfig) -> int | None:
     return largest_peak(budget - resident, CPU)
 
 
-# Of what recomputing whole layers saves, keeping the attention saves this share; 0.84 in results/memory_recompute.md
-SELECTIVE_SHARE = 0.84
-BUCKET_BYTES = 2 * 4 * 5_000_000  # of lowmem.zero2.zero2_config
-STATES = ("weights", "gradients", "optimizer")
-
-
 def planned_peak(config: ExperimentConfig) -> "Callable[[MemorySettings], int]":
-    """Peak bytes of one process under settings: the planner's step without and with recomputation, and arithmetic.
-
-    Between the two the kept activations are linear in the recomputed layers, and sequence peers divide them; states
-    are those of `engine_bytes`; generation and scoring are not divided. Equal to recorded peaks to about a tenth
-    (docs/memory_strategies.md).
-    """
+    """Peak bytes of one process under settings, of the planner's step and not of the whole trainer: equal to recorded
+    peaks to about a tenth (docs/memory_strategies.md)."""
     from lowmem.plan_config import PlanConfig, from_training_file
-    from lowmem.plan_step import simulate
+    from lowmem.plan_strategies import peak_under
 
     known = dataclasses.asdict(config)
-    names = known.keys() - {"memory", "variant", "gradient_checkpointing", "rows_per_micro_batch", "rows_per_rollout"}
+    names = known.keys() - {"memory", "variant", "gradient_checkpointing", "rows_per_rollout"}
     shape = from_training_file({name: known[name] for name in names})
     shape |= {"shared_prefix": config.variant.startswith("shared-prefix"), "lm_head": "completion"}
     shape["vocab_size"] = config.vocab_size or config.tokenizer_vocab_size
     if shape["shared_prefix"]:  # never padded
         shape.pop("prompt_tokens_min", None)
-    width = getattr(torch, config.dtype).itemsize
-    steps: dict[tuple, dict] = {}
-
-    def simulated(recompute: bool, rows: int) -> dict:
-        if (recompute, rows) not in steps:
-            plan = PlanConfig(
-                **shape,
-                gradient_checkpointing=recompute,
-                rows_per_micro_batch=rows,
-                rows_per_rollout=max(1, config.rows_per_step // num_processes()),
-            )
-            found = simulate(plan, cuda=torch.cuda.is_available()).by_phase
-            beside = {p: sum(c.values()) - sum(c.get(s, 0) for s in STATES) for p, c in found.items()}
-            steps[recompute, rows] = beside | {"states": {s: found["optimizer"].get(s, 0) for s in STATES}}
-        return steps[recompute, rows]
-
-    def predict(settings: "MemorySettings") -> int:
-        size = settings.sequence_parallel_size(num_processes())
-        rows_of_pool = config.rows_per_step // (num_processes() // size)
-        rows = min(config.rows_per_micro_batch or rows_of_pool, rows_of_pool)
-        plain = simulated(False, rows)
-        kept, extra = plain["train_forward"], max(0, plain["train_backward"] - plain["train_forward"])
-        if ratio := settings.gradient_checkpointing_ratio:
-            step = simulated(True, rows)
-            ratio *= SELECTIVE_SHARE if settings.selective_checkpointing else 1
-            kept -= int(ratio * (kept - step["train_forward"]))
-            extra = max(extra, int(ratio * (step["train_backward"] - step["train_forward"])))
-        states, engine_extra = engine_bytes(settings, plain["states"], width, extra)
-        gradients = 0 if settings.uses_deepspeed else plain["states"]["gradients"]
-        resting = states - gradients + max(plain["generate"], plain["score"])
-        before = gradients if rows == rows_of_pool else 0  # without accumulation a forward begins without gradients
-        return max(resting, states + extra + engine_extra, states - before + kept // size + extra + engine_extra)
-
-    return predict
-
-
-def engine_bytes(settings: "MemorySettings", states: dict[str, int], width: int, largest: int) -> tuple[int, int]:
-    """Weights, gradients and AdamW's state on one process's device, and what the backward holds on top of them.
-
-    On a CPU, host and device are one, so offloading hides nothing: there the engine's buffers are what the records
-    zero2_1, zero2_2 and zero2_4 hold.
-
-    Args:
-        width: bytes of a weight.
-        largest: bytes of the largest gradient.
-    """
-    weights, gradients, optimizer = (states[name] for name in STATES)
-    if not settings.uses_deepspeed:  # DDP reduces through buckets as large as the gradients
-        return weights + optimizer + gradients * (1 + (num_processes() > 1)), 0
-    whole = 4 * gradients // width  # of the trained weights, in float32
-    if not torch.accelerator.is_available():
-        return int(weights + 1.4 * whole + 6 * whole / num_processes()) + BUCKET_BYTES, 2 * largest
-    parts = 0 if settings.grad_offload else 4 * whole // num_processes()  # gradients, float32 weights, two moments
-    return weights + parts + BUCKET_BYTES, 0
+    return peak_under(PlanConfig(**shape), num_processes(), cuda=torch.cuda.is_available())
 
 
 def rloo_arguments(config: ExperimentConfig, choice: "MemoryChoice | None") -> dict:

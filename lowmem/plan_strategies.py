@@ -1,53 +1,89 @@
 """The planner as the `predict` of `lowmem.memory_strategy.choose_memory_strategy`: peaks under a `memory:` section.
 
-choose_memory_strategy(given, 2, 4096, budget_bytes=24 * 2**30, predict=peak_under(plan, num_processes=2))
+    choose_memory_strategy(given, 2, 4096, budget_bytes=24 * 2**30, predict=peak_under(plan, num_processes=2))
+
+Recomputation (whole layers, a share of them, all but the attention) is the real code, run without data. What several
+processes divide and what an engine holds is arithmetic.
 """
 
 from collections.abc import Callable
 
-from lowmem.memory_strategy import MemorySettings, MemorySettingsError
+import torch
+
+from lowmem.memory_strategy import MemorySettings
 from lowmem.plan_config import PlanConfig, changed
-from lowmem.plan_step import simulate
+from lowmem.plan_step import StepMemory, simulate
+
+STATES = ("weights", "gradients", "optimizer")
+BUCKET_BYTES = 2 * 4 * 5_000_000  # of lowmem.zero2.zero2_config
 
 
 def peak_under(plan: PlanConfig, num_processes: int = 1, *, cuda: bool = False) -> Callable[[MemorySettings], int]:
-    """A function from strategies to the peak bytes of one process, each combination simulated once.
+    """A function from strategies to the peak bytes of one process, each simulated step run once.
 
-    Recomputation (whole layers, a share of them, all but the attention) is the real code, run without data. Two things
-    are arithmetic: ZeRO-2 divides gradients and optimizer state, and processes that split a sequence divide what is
-    above weights, gradients and optimizer state. `oom_recovery` changes no peak.
+    Processes that split a sequence divide the activations of training, and neither generation nor scoring. Offloaded
+    activations are not simulated: their peak is that without offloading, which is never too low. `oom_recovery`
+    changes no peak.
 
     Args:
-        plan: of the rows that one process holds; its own recomputation and offload are replaced.
+        plan: a step of all processes together; its own recomputation is replaced. `rows_per_micro_batch` is what the
+            processes that share sequences hold at once, `rows_per_rollout` what one process generates.
     """
-    known: dict[MemorySettings, int] = {}
+    weight_bytes = getattr(torch, plan.dtype).itemsize
+    steps: dict[str, StepMemory] = {}
 
     def predict(settings: MemorySettings) -> int:
-        if settings.activation_offloading:
-            raise MemorySettingsError("memory.activation_offloading is not simulated; set it to false to be planned")
-        if settings not in known:
-            known[settings] = _peak(plan, settings, num_processes, cuda)
-        return known[settings]
+        peers = settings.sequence_parallel_size(num_processes)
+        rows_of_peers = plan.rows_per_step // (num_processes // peers)
+        ratio = settings.gradient_checkpointing_ratio
+        own = changed(
+            plan,
+            rows_per_micro_batch=min(plan.rows_per_micro_batch or rows_of_peers, rows_of_peers),
+            rows_per_rollout=plan.rows_per_rollout or max(1, plan.rows_per_step // num_processes),
+            gradient_checkpointing=False,
+            selective_checkpointing=bool(settings.selective_checkpointing and ratio != 0 and plan.attention == "sdpa"),
+            gradient_checkpointing_ratio=ratio or None,
+        )
+        if repr(own) not in steps:
+            steps[repr(own)] = simulate(own, cuda=cuda)
+        step = steps[repr(own)]
+        return max(_phase_bytes(step, settings, num_processes, peers, weight_bytes, cuda)) + step.workspace_bytes
 
     return predict
 
 
-def _peak(plan: PlanConfig, settings: MemorySettings, num_processes: int, cuda: bool) -> int:
-    ratio = settings.gradient_checkpointing_ratio
-    own = changed(
-        plan,
-        gradient_checkpointing=False,
-        selective_checkpointing=bool(settings.selective_checkpointing),
-        gradient_checkpointing_ratio=ratio if ratio or not settings.selective_checkpointing else None,
-        offload_optimizer=bool(settings.grad_offload),
-    )
-    step = simulate(own, cuda=cuda)
-    states = ("weights", "gradients", "optimizer")
-    divided = ("gradients", "optimizer") if settings.uses_deepspeed and num_processes > 1 else ()
-    peers = settings.sequence_parallel_size(num_processes)
-    totals = []
-    for categories in step.by_phase.values():
-        held = sum(n / (num_processes if name in divided else 1) for name, n in categories.items() if name in states)
-        rest = sum(n for name, n in categories.items() if name not in states)
-        totals.append(held + rest / peers)
-    return int(max(totals)) + step.workspace_bytes
+def _phase_bytes(step, settings, num_processes, peers, weight_bytes, cuda) -> list[int]:
+    """Of one process, by phase."""
+    full = {name: step.by_phase["optimizer"].get(name, 0) for name in STATES}
+    beside = {p: sum(n for c, n in held.items() if c not in STATES) for p, held in step.by_phase.items()}
+    in_backward = max(0, beside["train_backward"] - beside["train_forward"])  # is not divided
+    found = []
+    for phase, held in step.by_phase.items():
+        rest = beside[phase]
+        if phase.startswith("train_"):
+            rest = beside["train_forward"] // peers + (in_backward if phase == "train_backward" else 0)
+        if settings.uses_deepspeed:
+            states = engine_bytes(full, num_processes, weight_bytes, bool(settings.grad_offload), cuda)
+            if not cuda and phase == "train_backward":
+                states += 2 * in_backward
+        else:  # DDP reduces through buckets as large as the gradients
+            states = sum(held.get(name, 0) for name in STATES) + full["gradients"] * (num_processes > 1)
+        found.append(states + rest)
+    return found
+
+
+def engine_bytes(states: dict[str, int], num_processes: int, weight_bytes: int, offload: bool, cuda: bool) -> int:
+    """Weights, gradients and AdamW's state that DeepSpeed ZeRO-2 holds on one process's device.
+
+    On a CPU, host and device are one, so offloading hides nothing; there it is what the engine was seen to hold (the
+    records zero2_1, zero2_2 and zero2_4 of results/memory).
+
+    Args:
+        states: bytes of `STATES` in a process that has all of them.
+        weight_bytes: of one weight.
+    """
+    in_float32 = 4 * states["gradients"] // weight_bytes  # of the trained weights
+    if not cuda:
+        return int(states["weights"] + 1.4 * in_float32 + 6 * in_float32 / num_processes) + BUCKET_BYTES
+    part = 0 if offload else 4 * in_float32 // num_processes  # gradients, float32 weights, two moments
+    return states["weights"] + part + BUCKET_BYTES

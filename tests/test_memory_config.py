@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from torchrun import ROOT, launch
 
 import memory
 from config import ExperimentConfig
 from lowmem.memory_strategy import MemorySettings, MemorySettingsError
+from lowmem.plan_strategies import BUCKET_BYTES, engine_bytes
 
 CONFIGS = sorted((ROOT / "experiments/configs/memory").glob("*.yaml"))
 ACCELERATE = sorted((ROOT / "experiments/configs/accelerate").glob("*.yaml"))
@@ -74,17 +74,12 @@ def test_a_configuration_without_the_section_is_as_before(monkeypatch):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_what_an_engine_leaves_on_a_device(monkeypatch, processes):
+def test_what_an_engine_leaves_on_a_device(processes):
     """bfloat16: float32 weights, gradients and moments of a part, or only the buckets of the engine."""
-    monkeypatch.setattr(memory, "num_processes", lambda: processes)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     states = {"weights": 200, "gradients": 200, "optimizer": 400}  # of 100 parameters
-    on = {"grad_offload": True, "zero2_gradient_sharding": True}
-    held = memory.engine_bytes(MemorySettings(**on), states, 2, 0)[0] - memory.BUCKET_BYTES
-    assert held == 200
-    sharded = memory.engine_bytes(MemorySettings(zero2_gradient_sharding=True), states, 2, 0)[0] - memory.BUCKET_BYTES
-    assert sharded == 200 + 4 * 400 // processes
-    assert memory.engine_bytes(MemorySettings(), states, 2, 0)[0] == 800 + 200 * (processes > 1)
+    sharded, offloaded = (engine_bytes(states, processes, 2, offload, True) for offload in (False, True))
+    assert offloaded == 200 + BUCKET_BYTES
+    assert sharded == 200 + 4 * 400 // processes + BUCKET_BYTES
 
 
 @pytest.fixture
