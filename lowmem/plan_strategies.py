@@ -35,10 +35,11 @@ def peak_under(plan: PlanConfig, num_processes: int = 1, *, cuda: bool = False) 
     def predict(settings: MemorySettings) -> int:
         peers = settings.sequence_parallel_size(num_processes)
         rows_of_peers = plan.rows_per_step // (num_processes // peers)
+        rows = min(plan.rows_per_micro_batch or rows_of_peers, rows_of_peers)
         ratio = settings.gradient_checkpointing_ratio
         own = changed(
             plan,
-            rows_per_micro_batch=min(plan.rows_per_micro_batch or rows_of_peers, rows_of_peers),
+            rows_per_micro_batch=rows,
             rows_per_rollout=plan.rows_per_rollout or max(1, plan.rows_per_step // num_processes),
             gradient_checkpointing=False,
             selective_checkpointing=bool(settings.selective_checkpointing and ratio != 0 and plan.attention == "sdpa"),
@@ -47,13 +48,16 @@ def peak_under(plan: PlanConfig, num_processes: int = 1, *, cuda: bool = False) 
         if repr(own) not in steps:
             steps[repr(own)] = simulate(own, cuda=cuda)
         step = steps[repr(own)]
-        return max(_phase_bytes(step, settings, num_processes, peers, weight_bytes, cuda)) + step.workspace_bytes
+        # The simulated step has the rows of all processes and accumulates, where a process may have one micro-batch
+        is_first = rows == rows_of_peers < plan.rows_per_step
+        found = _phase_bytes(step, settings, num_processes, peers, is_first, weight_bytes, cuda)
+        return max(found) + step.workspace_bytes
 
     return predict
 
 
-def _phase_bytes(step, settings, num_processes, peers, weight_bytes, cuda) -> list[int]:
-    """Of one process, by phase."""
+def _phase_bytes(step, settings, num_processes, peers, is_first, weight_bytes, cuda) -> list[int]:
+    """Of one process, by phase. `is_first`: its forward begins without the gradients that the simulated one has."""
     full = {name: step.by_phase["optimizer"].get(name, 0) for name in STATES}
     beside = {p: sum(n for c, n in held.items() if c not in STATES) for p, held in step.by_phase.items()}
     in_backward = max(0, beside["train_backward"] - beside["train_forward"])  # is not divided
@@ -68,6 +72,8 @@ def _phase_bytes(step, settings, num_processes, peers, weight_bytes, cuda) -> li
                 states += 2 * in_backward
         else:  # DDP reduces through buckets as large as the gradients
             states = sum(held.get(name, 0) for name in STATES) + full["gradients"] * (num_processes > 1)
+            if is_first and phase.startswith("train_"):
+                states -= held.get("gradients", 0)
         found.append(states + rest)
     return found
 

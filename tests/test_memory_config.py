@@ -91,6 +91,7 @@ def no_prediction(monkeypatch):
 def test_a_budget_lets_the_planner_choose(monkeypatch, capsys):
     """The cheapest combination whose predicted peak is below what the budget leaves."""
     shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 256, "prompt_tokens": 600, "kl_coef": 0.0}
+    shape["num_hidden_layers"] = 4
     config = ExperimentConfig(variant="memory", memory={"auto_memory_strategy": True}, **shape)
     predict = memory.planned_peak(config)
     peaks = {}
