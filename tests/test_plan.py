@@ -249,7 +249,6 @@ def test_strategies_of_the_memory_section_are_predicted_and_chosen():
     for budget, chosen in ((predict(none), (0.0, False)), (predict(selective), (1.0, True))):
         settings = choose_memory_strategy(given, 1, 48, budget_bytes=budget, predict=predict).settings
         assert (settings.gradient_checkpointing_ratio, settings.selective_checkpointing) == chosen
-    assert peak_under(plan, 2)(none) > predict(none)  # DDP's buckets
     two = peak_under(plan, 2, cuda=True)
     sharded, offloaded = (MemorySettings(zero2_gradient_sharding=True, grad_offload=off) for off in (False, True))
     assert two(offloaded) < two(sharded)
