@@ -82,9 +82,18 @@ def load_tokenizer(config):
 
 
 def model_config(config, tokenizer):
-    """The transformers config of the run's model: the named model's, or a Qwen3 of the given shape."""
+    """The transformers config of the run's model: the named model's, or a Qwen3 of the given shape.
+
+    Raises:
+        ValueError: if the built model has fewer tokens than its tokenizer.
+    """
     if config.model:
         return AutoConfig.from_pretrained(config.model)
+    if 0 < config.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"vocab_size is {config.vocab_size}, but the tokenizer has {len(tokenizer)} tokens; lower "
+            "tokenizer_vocab_size, or set vocab_size to 0, which is as many"
+        )
     return Qwen3Config(
         vocab_size=config.vocab_size or len(tokenizer),
         hidden_size=config.hidden_size,

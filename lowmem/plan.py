@@ -144,6 +144,8 @@ def training_yaml(plan: PlanConfig) -> dict:
     memory = {"selective_checkpointing": plan.selective_checkpointing or None}
     memory["gradient_checkpointing_ratio"] = plan.gradient_checkpointing_ratio
     memory = {name: value for name, value in memory.items() if value is not None}
+    if plan.model is None and plan.vocab_size < 8192:  # the built-in tokenizer's default size
+        values["tokenizer_vocab_size"] = plan.vocab_size
     settings = {"variant": variant} | {name: value for name, value in values.items() if value is not None}
     return settings | ({"memory": memory} if memory else {})
 
@@ -221,7 +223,8 @@ def run(args: argparse.Namespace) -> int:
         device = f" --device '{args.device}'" if args.device else ""
         print(
             f"settings for experiments/train.py in {args.write}; its trainer keeps more alive than this step, so "
-            f"before a long run: python experiments/plan_trainer.py --config {args.write}{device}",
+            f"before a long run: python experiments/plan_trainer.py --config {args.write}{device}, or search with "
+            "experiments/recommend_settings.py",
             file=said,
         )
     if args.chart:
