@@ -12,6 +12,8 @@ Runs the tests that need a CUDA device, then, resumed where it stopped, one PART
   layers      the 57-million-parameter model: training peaks and paired step times of the shared prefix
   qwen3       shapes of Qwen3-0.6B and 4B in bfloat16 with LoRA, 8 completions of 256 tokens, 2K and 8K prompts: stock,
               ours, and stock with FlashAttention-2 where it is installed
+  sentiment   the sentiment recipe in TinyLlama's shape with random weights: memory and time of PPO, RLOO and GRPO, and
+              PPO in 8 and 4 bits where bitsandbytes is installed
 Records go to results/runs/SET. Each part takes under 10 minutes on a data-centre GPU. PYTHON names the interpreter
 (default: .venv/bin/python).
 EOF
@@ -49,10 +51,35 @@ qwen3() {  # the allocator's own peaks, without the live-bytes meter
   fi
 }
 
+sentiment() {
+  local model name scratch
+  model=$("$python" -c '
+import sys
+sys.path[:0] = ["experiments", "."]
+from sentiment.base_model import TINYLLAMA, BaseModel, base_model_folder
+print(base_model_folder(BaseModel(**TINYLLAMA), log=lambda *text, **_: None))' | tail -n 1)
+  scratch=$(mktemp -d)
+  recipe() {  # NAME OPTIONS...: skipped where the record says ok
+    name=$1
+    shift
+    if grep -qs '"status": "ok"' "$runs/sentiment/$name.json"; then return; fi
+    "$python" experiments/train_sentiment.py --model "$model" --dtype bfloat16 --epochs 20 --samples_per_prompt 10 \
+      --output_dir "$scratch" --restart True --record "$runs/sentiment/$name.json" "$@"
+  }
+  recipe ppo
+  recipe rloo_k2 --algorithm rloo --k 2
+  recipe grpo_k2 --algorithm grpo --k 2
+  if "$python" -c 'import bitsandbytes' 2> /dev/null; then
+    recipe ppo_8bit --load_in_bits 8
+    recipe ppo_4bit --load_in_bits 4
+  fi
+  rm -rf "$scratch"
+}
+
 "$python" -m pytest -q -rs tests/test_gpu.py tests/test_logprobs.py tests/test_live_bytes.py
-for part in ${2:-published layers qwen3}; do
+for part in ${2:-published layers qwen3 sentiment}; do
   case $part in
-    published | layers | qwen3) "$part" ;;
-    *) echo "run_gpu_checks.sh: unknown part $part; known: published, layers, qwen3" >&2; exit 2 ;;
+    published | layers | qwen3 | sentiment) "$part" ;;
+    *) echo "run_gpu_checks.sh: unknown part $part; known: published, layers, qwen3, sentiment" >&2; exit 2 ;;
   esac
 done

@@ -13,11 +13,11 @@ and the table into results/local/. Without a part all three are made; a run that
 
   learning  3 seeds of each algorithm on the same number of samples: reward, success rate, KL
   memory    3 batches with live tensor bytes counted, with adapters and with all weights trained
-  time      12 batches, with 2 seeds, one algorithm after another (needs a quiet machine)
+  time      8 batches, with 2 seeds, one algorithm after another: processor time
 
 --runs FOLDER  folder of the records (default $runs); --only NAME  one algorithm: ppo, rloo_k2, rloo_k4, rloo_k8, grpo_k4
 --seed N       one seed
-About 25 minutes on 2 cores.
+About 45 minutes on one core; --only and --seed split it.
 USAGE
     exit 0 ;;
 esac
@@ -44,15 +44,17 @@ run_one() {
   local record=$runs/$1.json
   shift
   if grep -qs '"status": "ok"' "$record"; then echo "$record: done before"; return; fi
-  MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=65536 .venv/bin/python experiments/memory_monitor.py \
+  "${allocator[@]}" .venv/bin/python experiments/memory_monitor.py \
     --record "$record" --timeline "$scratch/timeline.csv" --quiet -- \
-    .venv/bin/python experiments/train_sentiment.py --config experiments/configs/sentiment/comparison.yaml \
+    .venv/bin/python experiments/train_sentiment.py --config experiments/configs/sentiment/learns.yaml \
     --record "$record" --output_dir "$scratch/model" --restart True "$@" || failed=1
   rm -rf "$scratch/model" "${record%.json}.log"
   echo "$record: done"
 }
 
 for part in "${parts[@]}"; do
+  allocator=(env)  # resident memory is honest where freed blocks go back, but that takes time
+  [ "$part" != memory ] || allocator+=(MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=65536)
   for name in ppo rloo_k2 rloo_k4 rloo_k8 grpo_k4; do
     if [ -n "$only" ] && [ "$only" != "$name" ]; then continue; fi
     options=(--algorithm "${name%_k*}")
@@ -64,7 +66,7 @@ for part in "${parts[@]}"; do
         run_one "memory/${name}" "${options[@]}" "${short[@]}"
         run_one "memory/${name}_all_weights" "${options[@]}" "${short[@]}" --lora_rank 0 --value_model full ;;
       time) for turn in ${turns[*]}; do
-          run_one "time/${name}_turn$turn" "${options[@]}" --epochs 480 --samples_per_prompt 2 --seed $turn
+          run_one "time/${name}_turn$turn" "${options[@]}" --epochs 320 --samples_per_prompt 2 --seed $turn
         done ;;
     esac
   done
