@@ -166,6 +166,7 @@ def train(config: SentimentConfig, stage, record: dict) -> None:
             "train_s": time.perf_counter() - start,
             "train_processor_s": time.process_time() - processor_start,
             "rss_peak_bytes": status_kib("VmHWM") * 1024,
+            "threads": torch.get_num_threads(),
             "step_time_s": watch.step_time_s,
             "phase_time_s": dict(watch.phase_time_s),
             "history": progress.history,
