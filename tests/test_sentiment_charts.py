@@ -26,14 +26,14 @@ def made_up(algorithm: str, k: int, seed: int, **settings) -> dict:
     judged = {"samples": 300, "success_rate": 0.14, "kl": 0.0, "distinct": 299, "top_word_share": 0.3}
     value = {"weight_bytes": 2**20, "gradient_bytes": 2**19, "optimizer_bytes": 2**20}
     summary = {
-        "history": history, "train_s": 20.0 + rng.random(), "parameters": 1000, "before": judged,
-        "after": judged | {"success_rate": 0.9 + rng.random() / 20, "kl": 2.0}, "live_peak_bytes": 40 * 2**20,
+        "history": history, "train_processor_s": 20.0 + rng.random(), "threads": 1, "parameters": 1000,
+        "before": judged, "after": judged | {"success_rate": 0.9 + rng.random() / 20, "kl": 2.0}, "live_peak_bytes": 40 * 2**20,
         "rss_peak_bytes": 900 * 2**20, "rss_start_bytes": 700 * 2**20, "live_peak_phase": "train_backward",
         "value_model": value if algorithm == "ppo" else None,
     }  # fmt: skip
     return {
         "run": f"{algorithm}_{seed}", "status": "ok", "error": None, "config": asdict(config), "seed": seed,
-        "started_at": "2026-01-01T00:00:00", "env": {"device": "cpu", "trl": "0.20.0", "repo_commit": "0" * 40,
+        "wall_s": 30.0, "started_at": "2026-01-01T00:00:00", "env": {"device": "cpu", "trl": "0.20.0", "repo_commit": "0" * 40,
         "repo_dirty": False}, "summary": summary,
         "tokens": {"prompt_tokens_per_row": [3], "completion_tokens_per_row": [10], "rows_per_step": 24},
     }  # fmt: skip

@@ -136,8 +136,14 @@ def load(folder: Path) -> dict[str, list[dict]]:
     }
 
 
+def clock_of(record: dict) -> tuple[str, str]:
+    """(key, name) of the time that counts: on a CPU the processor's, which other programs hardly change."""
+    on_cpu = record["env"]["device"] == "cpu"
+    return ("train_processor_s", "processor time") if on_cpu else ("train_s", "time")
+
+
 def seconds_per_batch(records: list[dict]) -> list[float]:
-    return [record["summary"]["train_s"] / len(record["summary"]["history"]) for record in records]
+    return [r["summary"][clock_of(r)[0]] / len(r["summary"]["history"]) for r in records]
 
 
 def spread(values: list[float]) -> str:
@@ -158,13 +164,14 @@ def draw_comparison(learning: dict, memory: dict, times: dict, path: Path) -> No
     first = next(iter(learning.values()))[0]
     config = first["config"]
     runs = len(next(iter(learning.values())))
+    clock_name = clock_of(first)[1]
     note = (
         f"{_of(first)}, {first['started_at'][:10]}\nevery run: {config['epochs'] * len(config['prompts'])} samples in "
         f"batches of {config['batch_size']}, {config['ppo_epochs']} passes each, learning rate "
         f"{config['learning_rate']:g}, KL weight {config['kl_coef']:g}; {runs} seeds (line: mean, band: lowest to "
         "highest)"
         "\nmemory: peak of live tensor bytes with adapters (full colour) and with all weights trained (pale); "
-        f"time: mean and range of {len(next(iter(times.values())))} runs"
+        f"{clock_name}: mean and range of {len(next(iter(times.values())))} runs"
     )
     figure = _head("PPO, RLOO and GRPO on the sentiment task, at equal samples", note, 5.2)
     curve, peak, clock = figure.subplots(1, 3, width_ratios=(1.7, 1.1, 0.9))
@@ -191,7 +198,7 @@ def draw_comparison(learning: dict, memory: dict, times: dict, path: Path) -> No
             clock.bar(place, mean, 0.7, color=COLOURS[name])
             around = [[mean - min(seconds)], [max(seconds) - mean]]
             clock.errorbar(place, mean, around, color="black", capsize=3, linewidth=1)
-    for panel, title in ((peak, "peak of live tensors, MiB"), (clock, "time per batch, s")):
+    for panel, title in ((peak, "peak of live tensors, MiB"), (clock, f"{clock_name} per batch, s")):
         panel.set_title(title, fontsize=10)
         panel.set_xticks(range(len(names)), names, rotation=45, ha="right")
         panel.grid(axis="y")
@@ -209,11 +216,12 @@ def comparison_table(learning: dict, memory: dict, times: dict) -> str:
         "",
         f"{tokens['rows_per_step']} rows per batch of at most {prompt} + {completion} tokens, "
         f"{config['epochs'] * len(config['prompts'])} samples per run. {_of(first)}.",
-        "Mean ± standard deviation over the runs. Made by `visualization/sentiment_charts.py`.",
+        "Mean ± standard deviation over the runs. Whole run: wall clock with start, both judgements and saving, "
+        f"{first['summary']['threads']} thread. Made by `visualization/sentiment_charts.py`.",
         "",
         "| algorithm | seeds | success untrained, % | trained, % | KL to the untrained model, nats "
-        "| different completions | largest share of one word, % |",
-        "|---|---|---|---|---|---|---|",
+        "| different completions | largest share of one word, % | whole run, s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, records in learning.items():
         s = [record["summary"] for record in records]
@@ -225,13 +233,14 @@ def comparison_table(learning: dict, memory: dict, times: dict) -> str:
             spread([x["after"]["kl"] for x in s]),
             f"{spread([x['after']['distinct'] for x in s])} of {s[0]['after']['samples']}",
             spread([100 * (x["after"]["top_word_share"] or 0) for x in s]),
+            spread([record["wall_s"] for record in records]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
         "Live: peak of live tensor bytes. Resident: growth of resident memory over the training, sampled. "
-        "Value model: its weights, gradients and AdamW state, in PPO only. Time: without the meter, "
-        f"{len(next(iter(times.values())))} runs.",
+        "Value model: its weights, gradients and AdamW state, in PPO only. Seconds: "
+        f"{clock_of(first)[1]}, without the meter, {len(next(iter(times.values())))} runs.",
         "",
         "| algorithm | live peak, MiB | of PPO's, % | in phase | resident, MiB | value model, MiB | s per batch "
         "| PPO's time / its |",

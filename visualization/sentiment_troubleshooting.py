@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
+from visualization.sentiment_charts import clock_of  # noqa: E402
 from visualization.style import three_digits  # noqa: E402
 
 ROWS = (
@@ -27,6 +28,7 @@ ROWS = (
     ("no happy words", "words_learning_rate_3e-5", "`--learning_rate 3e-5`"),
     ("no happy words", "words_ppo_epochs_6", "`--ppo_epochs 6`"),
     ("no happy words", "words_learning_rate_2e-3", "`--learning_rate 2e-3`"),
+    ("no happy words", "../learning/ppo_seed0", "`--config experiments/configs/sentiment/learns.yaml`"),
 )
 
 
@@ -37,9 +39,10 @@ def measured(problem: str, record: dict) -> str:
         return f"{three_digits(summary['live_peak_bytes'] / 2**20)} MiB peak of live tensors"
     if problem == "too slow":
         samples = sum(entry["samples"] for entry in summary["history"])
-        return f"{summary['train_s']:.1f} s, {1000 * summary['train_s'] / samples:.0f} ms per sample"
+        key, name = clock_of(record)
+        return f"{summary[key]:.1f} s of {name}, {1000 * summary[key] / samples:.0f} ms per sample"
     before, after = summary["before"], summary["after"]
-    return f"{before['success_rate']:.1%} -> {after['success_rate']:.1%}, KL {after['kl']:.3f} nats"
+    return f"{before['success_rate']:.1%} to {after['success_rate']:.1%}, KL {after['kl']:.3f} nats"
 
 
 def table(runs: Path) -> str:
