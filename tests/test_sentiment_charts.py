@@ -27,14 +27,15 @@ def made_up(algorithm: str, k: int, seed: int, **settings) -> dict:
     value = {"weight_bytes": 2**20, "gradient_bytes": 2**19, "optimizer_bytes": 2**20}
     summary = {
         "history": history, "train_processor_s": 20.0 + rng.random(), "threads": 1, "parameters": 1000,
-        "before": judged, "after": judged | {"success_rate": 0.9 + rng.random() / 20, "kl": 2.0}, "live_peak_bytes": 40 * 2**20,
-        "rss_peak_bytes": 900 * 2**20, "rss_start_bytes": 700 * 2**20, "live_peak_phase": "train_backward",
+        "before": judged, "after": judged | {"success_rate": 0.9 + rng.random() / 20, "kl": 2.0},
+        "live_peak_bytes": 40 * 2**20, "live_peak_phase": "train_backward",
+        "rss_peak_bytes": 900 * 2**20, "rss_start_bytes": 700 * 2**20,
         "value_model": value if algorithm == "ppo" else None,
     }  # fmt: skip
     return {
         "run": f"{algorithm}_{seed}", "status": "ok", "error": None, "config": asdict(config), "seed": seed,
-        "wall_s": 30.0, "started_at": "2026-01-01T00:00:00", "env": {"device": "cpu", "trl": "0.20.0", "repo_commit": "0" * 40,
-        "repo_dirty": False}, "summary": summary,
+        "wall_s": 30.0, "started_at": "2026-01-01T00:00:00", "summary": summary,
+        "env": {"device": "cpu", "trl": "0.20.0", "repo_commit": "0" * 40, "repo_dirty": False},
         "tokens": {"prompt_tokens_per_row": [3], "completion_tokens_per_row": [10], "rows_per_step": 24},
     }  # fmt: skip
 
@@ -43,10 +44,9 @@ def made_up(algorithm: str, k: int, seed: int, **settings) -> dict:
 def runs(tmp_path):
     for name, (algorithm, k) in RUNS.items():
         for seed in range(3):
-            for part in ("learning", "time"):
-                path = tmp_path / part / f"{name}_seed{seed}.json"
-                path.parent.mkdir(exist_ok=True)
-                path.write_text(json.dumps(made_up(algorithm, k, seed)))
+            path = tmp_path / "learning" / f"{name}_seed{seed}.json"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(made_up(algorithm, k, seed)))
         for more, rank in (("", 16), ("_all", 0)):
             path = tmp_path / "memory" / f"{name}{more}.json"
             path.parent.mkdir(exist_ok=True)

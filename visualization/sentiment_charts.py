@@ -3,8 +3,8 @@
     python visualization/sentiment_charts.py --runs results/runs/cpu-2core/sentiment --out results
 
 writes `sentiment_comparison.png` and `sentiment_comparison.md`: PPO, RLOO and GRPO at equal samples, from the folders
-`learning`, `memory` and `time` of experiments/run_sentiment_comparison.sh. `draw_curve` draws one run (reward, KL,
-success rate); train_sentiment.py calls it at its end.
+`learning` (rewards and times) and `memory` of experiments/run_sentiment_comparison.sh. `draw_curve` draws one run
+(reward, KL, success rate); train_sentiment.py calls it at its end.
 """
 
 import argparse
@@ -160,7 +160,7 @@ def _peak_mib(record: dict) -> tuple[float, float]:
     return summary["live_peak_bytes"] / MIB, (summary["rss_peak_bytes"] - summary["rss_start_bytes"]) / MIB
 
 
-def draw_comparison(learning: dict, memory: dict, times: dict, path: Path) -> None:
+def draw_comparison(learning: dict, memory: dict, path: Path) -> None:
     first = next(iter(learning.values()))[0]
     config = first["config"]
     runs = len(next(iter(learning.values())))
@@ -171,7 +171,7 @@ def draw_comparison(learning: dict, memory: dict, times: dict, path: Path) -> No
         f"{config['learning_rate']:g}, KL weight {config['kl_coef']:g}; {runs} seeds (line: mean, band: lowest to "
         "highest)"
         "\nmemory: peak of live tensor bytes with adapters (full colour) and with all weights trained (pale); "
-        f"{clock_name}: mean and range of {len(next(iter(times.values())))} runs"
+        f"{clock_name}: mean and range of the seeds, without the meter"
     )
     figure = _head("PPO, RLOO and GRPO on the sentiment task, at equal samples", note, 5.2)
     curve, peak, clock = figure.subplots(1, 3, width_ratios=(1.7, 1.1, 0.9))
@@ -192,12 +192,11 @@ def draw_comparison(learning: dict, memory: dict, times: dict, path: Path) -> No
                 live = _peak_mib(memory[key][0])[0]
                 peak.bar(place + offset, live, 0.38, color=COLOURS[name], alpha=alpha)
                 peak.text(place + offset, live, f"{live:.0f}", ha="center", va="bottom", fontsize=8)
-        if name in times:
-            seconds = seconds_per_batch(times[name])
-            mean = statistics.fmean(seconds)
-            clock.bar(place, mean, 0.7, color=COLOURS[name])
-            around = [[mean - min(seconds)], [max(seconds) - mean]]
-            clock.errorbar(place, mean, around, color="black", capsize=3, linewidth=1)
+        seconds = seconds_per_batch(learning[name])
+        mean = statistics.fmean(seconds)
+        clock.bar(place, mean, 0.7, color=COLOURS[name])
+        around = [[mean - min(seconds)], [max(seconds) - mean]]
+        clock.errorbar(place, mean, around, color="black", capsize=3, linewidth=1)
     for panel, title in ((peak, "peak of live tensors, MiB"), (clock, f"{clock_name} per batch, s")):
         panel.set_title(title, fontsize=10)
         panel.set_xticks(range(len(names)), names, rotation=45, ha="right")
@@ -206,7 +205,7 @@ def draw_comparison(learning: dict, memory: dict, times: dict, path: Path) -> No
     save(figure, path)
 
 
-def comparison_table(learning: dict, memory: dict, times: dict) -> str:
+def comparison_table(learning: dict, memory: dict) -> str:
     """Markdown: success, KL and diversity; peaks by both meters; time. Mean ± standard deviation over the runs."""
     first = next(iter(learning.values()))[0]
     tokens, config = first["tokens"], first["config"]
@@ -240,7 +239,7 @@ def comparison_table(learning: dict, memory: dict, times: dict) -> str:
         "",
         "Live: peak of live tensor bytes. Resident: growth of resident memory over the training, sampled. "
         "Value model: its weights, gradients and AdamW state, in PPO only. Seconds: "
-        f"{clock_of(first)[1]}, without the meter, {len(next(iter(times.values())))} runs.",
+        f"{clock_of(first)[1]} of the training, without the meter, all seeds.",
         "",
         "| algorithm | live peak, MiB | of PPO's, % | in phase | resident, MiB | value model, MiB | s per batch "
         "| PPO's time / its |",
@@ -252,8 +251,8 @@ def comparison_table(learning: dict, memory: dict, times: dict) -> str:
         ppo = "ppo" + (ALL_WEIGHTS if name.endswith(ALL_WEIGHTS) else "")
         value = summary["value_model"]
         held = sum(value[k] for k in ("weight_bytes", "gradient_bytes", "optimizer_bytes")) / MIB if value else None
-        seconds = seconds_per_batch(times[name]) if name in times else None
-        ratio = statistics.fmean(seconds_per_batch(times["ppo"])) / statistics.fmean(seconds) if seconds else None
+        seconds = seconds_per_batch(learning[name]) if name in learning else None
+        ratio = statistics.fmean(seconds_per_batch(learning["ppo"])) / statistics.fmean(seconds) if seconds else None
         cells = [
             name,
             three_digits(live),
@@ -270,11 +269,11 @@ def comparison_table(learning: dict, memory: dict, times: dict) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, required=True, help="folder with learning/, memory/ and time/")
+    parser.add_argument("--runs", type=Path, required=True, help="folder with learning/ and memory/")
     parser.add_argument("--out", type=Path, required=True, help="folder that the chart and the table are written to")
     args = parser.parse_args(argv)
     try:
-        parts = [load(args.runs / part) for part in ("learning", "memory", "time")]
+        parts = [load(args.runs / part) for part in ("learning", "memory")]
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
     args.out.mkdir(parents=True, exist_ok=True)
