@@ -5,6 +5,7 @@ import random
 from dataclasses import asdict
 
 import pytest
+from conftest import ROOT
 
 from sentiment.config import SentimentConfig
 from visualization import sentiment_charts
@@ -83,3 +84,21 @@ def test_runs_that_cannot_be_compared_are_refused(runs, break_it, message):
 def test_curve_of_one_run(tmp_path):
     record = made_up("ppo", 2, 0)
     assert sentiment_charts.draw_curve(record, tmp_path / "curve.png").stat().st_size > 20_000
+
+
+RECORDED = ROOT / "results/runs/cpu-2core/sentiment"
+
+
+def test_ppo_learns_on_every_recorded_seed_within_ten_minutes():
+    ppo = sentiment_charts.load(RECORDED / "learning")["ppo"]
+    assert sorted(record["seed"] for record in ppo) == [0, 1, 2]
+    for record in ppo:
+        before, after = record["summary"]["before"], record["summary"]["after"]
+        assert before["success_rate"] < 0.3 and after["success_rate"] >= 0.9 and record["wall_s"] < 600
+        assert after["distinct"] > 0.9 * after["samples"] and after["top_word_share"] < 0.5
+        assert record["env"]["repo_dirty"] is False
+
+
+def test_committed_table_is_that_of_the_committed_records():
+    table = sentiment_charts.comparison_table(*(sentiment_charts.load(RECORDED / p) for p in ("learning", "memory")))
+    assert (ROOT / "results/sentiment_comparison.md").read_text() == table

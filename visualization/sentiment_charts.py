@@ -65,12 +65,15 @@ def _head(title: str, note: str, height_in: float) -> Figure:
     return figure
 
 
-def _of(record: dict) -> str:
+def _of(record: dict, learning: dict | None = None) -> str:
+    """Model, device, releases and commit; those of GRPO's release too where it is among the runs."""
     env, config = record["env"], record["config"]
+    firsts = {name: records[0]["env"]["trl"] for name, records in (learning or {}).items()}
+    other = [f", {release} for {name}" for name, release in firsts.items() if release != env["trl"]]
     commit = (env["repo_commit"] or "not recorded")[:10] + ("+dirty" if env["repo_dirty"] else "")
     model = Path(config["model"]).name if config["model"] else "built-in Llama"
     size = f"{record['summary']['parameters']:,} parameters with adapters"
-    return f"{model} ({size}), {env['device']}, TRL {env['trl']}, commit {commit}"
+    return f"{model} ({size}), {env['device']}, TRL {env['trl']}{''.join(other)}, commit {commit}"
 
 
 def draw_curve(record: dict, path: Path) -> Path:
@@ -163,14 +166,13 @@ def _peak_mib(record: dict) -> tuple[float, float]:
 def draw_comparison(learning: dict, memory: dict, path: Path) -> None:
     first = next(iter(learning.values()))[0]
     config = first["config"]
-    runs = len(next(iter(learning.values())))
     clock_name = clock_of(first)[1]
     note = (
-        f"{_of(first)}, {first['started_at'][:10]}\nevery run: {config['epochs'] * len(config['prompts'])} samples in "
-        f"batches of {config['batch_size']}, {config['ppo_epochs']} passes each, learning rate "
-        f"{config['learning_rate']:g}, KL weight {config['kl_coef']:g}; {runs} seeds (line: mean, band: lowest to "
-        "highest)"
-        "\nmemory: peak of live tensor bytes with adapters (full colour) and with all weights trained (pale); "
+        f"{_of(first, learning)}, {first['started_at'][:10]}\n"
+        f"every run: {config['epochs'] * len(config['prompts'])} samples in batches of {config['batch_size']}, "
+        f"{config['ppo_epochs']} passes each, learning rate {config['learning_rate']:g}, KL weight "
+        f"{config['kl_coef']:g}; line: mean of the seeds, band: lowest to highest\n"
+        "memory: peak of live tensor bytes with adapters (full colour) and with all weights trained (pale); "
         f"{clock_name}: mean and range of the seeds, without the meter"
     )
     figure = _head("PPO, RLOO and GRPO on the sentiment task, at equal samples", note, 5.2)
@@ -181,7 +183,7 @@ def draw_comparison(learning: dict, memory: dict, path: Path) -> None:
         low, high = ([pick(values) for values in zip(*curves)] for pick in (min, max))
         curve.fill_between(samples, low, high, color=COLOURS[name], alpha=0.13, linewidth=0)
         mean = [statistics.fmean(values) for values in zip(*curves)]
-        curve.plot(samples, mean, color=COLOURS[name], linewidth=2, label=name)
+        curve.plot(samples, mean, color=COLOURS[name], linewidth=2, label=f"{name} (n = {len(records)})")
     curve.set(xlabel="samples", xlim=(0, None), ylim=(-1.05, 1.05))
     curve.set_title("mean reward (mean of 5 batches)", fontsize=10)
     curve.grid(axis="y")
@@ -214,7 +216,7 @@ def comparison_table(learning: dict, memory: dict) -> str:
         "# PPO, RLOO and GRPO on the sentiment task, at equal samples",
         "",
         f"{tokens['rows_per_step']} rows per batch of at most {prompt} + {completion} tokens, "
-        f"{config['epochs'] * len(config['prompts'])} samples per run. {_of(first)}.",
+        f"{config['epochs'] * len(config['prompts'])} samples per run. {_of(first, learning)}.",
         "Mean ± standard deviation over the runs. Whole run: wall clock with start, both judgements and saving, "
         f"{first['summary']['threads']} thread. Made by `visualization/sentiment_charts.py`.",
         "",
