@@ -1,6 +1,7 @@
 """The troubleshooting table of the sentiment recipe, from the records of experiments/run_sentiment_troubleshooting.sh.
 
-python visualization/sentiment_troubleshooting.py --runs results/runs/cpu-2core/sentiment/troubleshooting
+python visualization/sentiment_troubleshooting.py --runs results/runs/cpu-2core/sentiment/troubleshooting \\
+    --out results/sentiment_troubleshooting.md
 """
 
 import argparse
@@ -10,6 +11,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
+from visualization.combine_memory_data import write_atomically  # noqa: E402
 from visualization.sentiment_charts import clock_of  # noqa: E402
 from visualization.style import three_digits  # noqa: E402
 
@@ -30,6 +32,11 @@ ROWS = (
     ("no happy words", "words_learning_rate_2e-3", "`--learning_rate 2e-3`"),
     ("no happy words", "../learning/ppo_seed0", "`--config experiments/configs/sentiment/learns.yaml`"),
 )
+HEAD = """# The document's advice, measured
+
+Default model, one change against the document's settings each, n = 1. Made by
+`visualization/sentiment_troubleshooting.py`.
+"""
 
 
 def measured(problem: str, record: dict) -> str:
@@ -62,10 +69,15 @@ def table(runs: Path) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, required=True, help="folder of the records")
+    parser.add_argument("--out", type=Path, help="file that the table is written to as well")
+    args = parser.parse_args(argv)
     try:
-        print(table(parser.parse_args(argv).runs))
+        text = table(args.runs)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
+    print(text)
+    if args.out:
+        write_atomically(args.out, lambda path: path.write_text(f"{HEAD}\n{text}\n", encoding="utf-8"))
 
 
 if __name__ == "__main__":
