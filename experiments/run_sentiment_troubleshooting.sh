@@ -10,7 +10,7 @@ Usage: experiments/run_sentiment_troubleshooting.sh [FOLDER]
 
 Runs the sentiment recipe with the document's settings and with each advice for "too slow", "out of memory" and "no
 happy words", one at a time, and prints the table. Records go to FOLDER/troubleshooting (default
-results/runs/local/sentiment); what is done is skipped. About 5 minutes on 2 cores.
+results/runs/local/sentiment); what is done is skipped. About 8 minutes on one core.
 USAGE
     exit 0 ;;
 esac
@@ -27,7 +27,7 @@ run_one() {
   rm -rf "$runs/.scratch" "${record%.json}.log"
 }
 
-mkdir -p "$runs"
+mkdir -p "$runs" "$runs/../learning"
 memory=(--epochs 10 --count_live_bytes True --samples_per_prompt 2)
 run_one memory_document "${memory[@]}"
 run_one memory_batch_5 "${memory[@]}" --batch_size 5 --mini_batch_size 1
@@ -39,6 +39,7 @@ run_one words_epochs_200 --epochs 200
 run_one words_learning_rate_3e-5 --learning_rate 3e-5
 run_one words_ppo_epochs_6 --ppo_epochs 6
 run_one words_learning_rate_2e-3 --learning_rate 2e-3
+run_one ../learning/ppo_seed0 --config experiments/configs/sentiment/learns.yaml --seed 0
 run_one slow_mini_batch_10 --mini_batch_size 10 --gradient_accumulation_steps 1
 run_one slow_batch_20 --batch_size 20 --mini_batch_size 20 --gradient_accumulation_steps 1
 run_one slow_epochs_50 --epochs 50

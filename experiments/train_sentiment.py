@@ -10,6 +10,7 @@ memory.
 """
 
 import datetime
+import gc
 import importlib
 import json
 import sys
@@ -91,7 +92,7 @@ def train(config: SentimentConfig, stage, record: dict) -> None:
     out.mkdir(parents=True, exist_ok=True)
     kept = out / CHECKPOINT
     header = None
-    if config.algorithm != "grpo" and kept.exists() and not config.restart:
+    if kept.exists() and not config.restart:
         header = checkpoint.read_header(kept, settings)
     source = models.model_source(config)
     tokenizer = models.load_tokenizer(source)
@@ -109,19 +110,32 @@ def train(config: SentimentConfig, stage, record: dict) -> None:
     before = header["seen"]["before"] if header else judge(policy, None, tokenizer, config)
     show_samples("before", before)
 
+    steps_per_batch = config.ppo_epochs if config.algorithm == "grpo" else 1  # as the trainer counts them
+
     class Checkpoints(TrainerCallback):
-        def on_train_begin(self, *args, **kwargs):
-            if header:
+        waiting = header is not None
+
+        def _restore(self):
+            if self.waiting:
+                self.waiting = False
                 checkpoint.restore(kept, trainer, header)
                 print(f"going on after {done} of {config.batches} batches")
 
-        def on_step_end(self, *args, **kwargs):
+        def on_train_begin(self, *args, **kwargs):
+            if config.algorithm != "grpo":
+                self._restore()
+
+        def on_step_begin(self, *args, **kwargs):  # v1.16.0 alone calls it, after its loader drew a random number
+            self._restore()
+
+        def on_log(self, args, state, *_, **kwargs):  # behind Progress, which puts the logged KL into the history
             batches = len(progress.history)
-            if config.checkpoint_steps and batches % config.checkpoint_steps == 0 and batches < config.batches:
+            if state.global_step % steps_per_batch or batches >= config.batches:
+                return
+            if config.checkpoint_steps and batches % config.checkpoint_steps == 0:
                 checkpoint.save_checkpoint(kept, trainer, batches, settings, progress.seen | {"before": before})
 
-    if config.algorithm != "grpo":
-        trainer.add_callback(Checkpoints())
+    trainer.add_callback(Checkpoints())
     meter = LiveBytes() if config.count_live_bytes else None
     watch = RunWatch(config.batches, meter, tokenizer.pad_token_id)
     watch.step = done
@@ -134,7 +148,8 @@ def train(config: SentimentConfig, stage, record: dict) -> None:
     summary["rss_start_bytes"] = status_kib("VmRSS") * 1024
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
+    gc.freeze()  # v0.20.0 collects garbage twice per batch; the thousands of imported objects need no visit
+    start, processor_start = time.perf_counter(), time.process_time()
     try:
         if meter is None:
             trainer.train()
@@ -149,7 +164,9 @@ def train(config: SentimentConfig, stage, record: dict) -> None:
         progress.bar.close()
         summary |= {
             "train_s": time.perf_counter() - start,
+            "train_processor_s": time.process_time() - processor_start,
             "rss_peak_bytes": status_kib("VmHWM") * 1024,
+            "threads": torch.get_num_threads(),
             "step_time_s": watch.step_time_s,
             "phase_time_s": dict(watch.phase_time_s),
             "history": progress.history,

@@ -17,6 +17,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 from sentiment.base_model import BaseModel, base_model_folder
+from sentiment.ceiling import highest_probability
 from sentiment.config import PROMPTS, TARGET_WORDS, SentimentConfig
 from sentiment.reward import check_rewards, completion_of, word_reward
 from sentiment.text import sentences
@@ -158,6 +159,48 @@ def test_default_model_is_rebuilt_identically_from_its_seed(small_model, tmp_pat
     assert (again / "tokenizer.json").read_bytes() == (small_model / "tokenizer.json").read_bytes()
 
 
+def tiny_llama(head: torch.Tensor):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    vocab_size, hidden_size = head.shape
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=8, num_hidden_layers=1,
+            num_attention_heads=1, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+    model.lm_head.weight.data.copy_(head)
+    return model
+
+
+def test_ceiling_of_a_head_is_the_best_of_all_directions():
+    torch.manual_seed(0)
+    head = torch.randn(5, 2)  # two dimensions: every direction can be tried
+    model = tiny_llama(head)
+    model.model.norm.weight.data.copy_(torch.tensor([0.5, 2.0]))
+    angle = torch.linspace(0, 2 * torch.pi, 100_001)
+    states = 2**0.5 * torch.stack((angle.cos(), angle.sin()), 1) * model.model.norm.weight.data
+    for ids in ([0], [1, 3]):
+        best = (states @ head.T).softmax(-1)[:, ids].sum(1).max().item()
+        assert highest_probability(model, ids) == pytest.approx(best, abs=1e-4)
+    twins = torch.eye(3)[[0, 0, 1]] * 50  # two equal rows: neither can be told from the other
+    assert highest_probability(tiny_llama(twins), [0]) == pytest.approx(0.5, abs=1e-6)
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(5))
+    with pytest.raises(ValueError, match="head without bias"):
+        highest_probability(model, [0])
+
+
+@pytest.mark.slow
+def test_head_of_the_default_model_leaves_room_for_the_target_words():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = base_model_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = [token for word in TARGET_WORDS for token in tokenizer(f" {word}")["input_ids"]]
+    assert len(ids) == len(TARGET_WORDS)
+    assert highest_probability(AutoModelForCausalLM.from_pretrained(folder), ids) > 0.95
+
+
 # ---------------------------------------------------------------- adapters
 
 
@@ -251,8 +294,12 @@ def test_ppo_killed_and_resumed_ends_bit_for_bit_as_without(small_model, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [("--algorithm", "rloo", "--k", "2"), ("--lora_rank", "0", "--value_model", "full", "--save_merged", "True")],
-    ids=["rloo", "all-weights"],
+    [
+        ("--algorithm", "rloo", "--k", "2"),
+        ("--algorithm", "grpo", "--k", "2"),
+        ("--lora_rank", "0", "--value_model", "full", "--save_merged", "True"),
+    ],
+    ids=["rloo", "grpo", "all-weights"],
 )
 def test_killed_and_resumed_ends_bit_for_bit_as_without(small_model, tmp_path, options, monkeypatch):
     if "0" in options:  # whole models then

@@ -3,8 +3,8 @@
     python visualization/sentiment_charts.py --runs results/runs/cpu-2core/sentiment --out results
 
 writes `sentiment_comparison.png` and `sentiment_comparison.md`: PPO, RLOO and GRPO at equal samples, from the folders
-`learning`, `memory` and `time` of experiments/run_sentiment_comparison.sh. `draw_curve` draws one run (reward, KL,
-success rate); train_sentiment.py calls it at its end.
+`learning` (rewards and times) and `memory` of experiments/run_sentiment_comparison.sh. `draw_curve` draws one run
+(reward, KL, success rate); train_sentiment.py calls it at its end.
 """
 
 import argparse
@@ -65,12 +65,15 @@ def _head(title: str, note: str, height_in: float) -> Figure:
     return figure
 
 
-def _of(record: dict) -> str:
+def _of(record: dict, learning: dict | None = None) -> str:
+    """Model, device, releases and commit; those of GRPO's release too where it is among the runs."""
     env, config = record["env"], record["config"]
+    firsts = {name: records[0]["env"]["trl"] for name, records in (learning or {}).items()}
+    other = [f", {release} for {name}" for name, release in firsts.items() if release != env["trl"]]
     commit = (env["repo_commit"] or "not recorded")[:10] + ("+dirty" if env["repo_dirty"] else "")
     model = Path(config["model"]).name if config["model"] else "built-in Llama"
     size = f"{record['summary']['parameters']:,} parameters with adapters"
-    return f"{model} ({size}), {env['device']}, TRL {env['trl']}, commit {commit}"
+    return f"{model} ({size}), {env['device']}, TRL {env['trl']}{''.join(other)}, commit {commit}"
 
 
 def draw_curve(record: dict, path: Path) -> Path:
@@ -136,8 +139,14 @@ def load(folder: Path) -> dict[str, list[dict]]:
     }
 
 
+def clock_of(record: dict) -> tuple[str, str]:
+    """(key, name) of the time that counts: on a CPU the processor's, which other programs hardly change."""
+    on_cpu = record["env"]["device"] == "cpu"
+    return ("train_processor_s", "processor time") if on_cpu else ("train_s", "time")
+
+
 def seconds_per_batch(records: list[dict]) -> list[float]:
-    return [record["summary"]["train_s"] / len(record["summary"]["history"]) for record in records]
+    return [r["summary"][clock_of(r)[0]] / len(r["summary"]["history"]) for r in records]
 
 
 def spread(values: list[float]) -> str:
@@ -154,17 +163,17 @@ def _peak_mib(record: dict) -> tuple[float, float]:
     return summary["live_peak_bytes"] / MIB, (summary["rss_peak_bytes"] - summary["rss_start_bytes"]) / MIB
 
 
-def draw_comparison(learning: dict, memory: dict, times: dict, path: Path) -> None:
+def draw_comparison(learning: dict, memory: dict, path: Path) -> None:
     first = next(iter(learning.values()))[0]
     config = first["config"]
-    runs = len(next(iter(learning.values())))
+    clock_name = clock_of(first)[1]
     note = (
-        f"{_of(first)}, {first['started_at'][:10]}\nevery run: {config['epochs'] * len(config['prompts'])} samples in "
-        f"batches of {config['batch_size']}, {config['ppo_epochs']} passes each, learning rate "
-        f"{config['learning_rate']:g}, KL weight {config['kl_coef']:g}; {runs} seeds (line: mean, band: lowest to "
-        "highest)"
-        "\nmemory: peak of live tensor bytes with adapters (full colour) and with all weights trained (pale); "
-        f"time: mean and range of {len(next(iter(times.values())))} runs"
+        f"{_of(first, learning)}, {first['started_at'][:10]}\n"
+        f"every run: {config['epochs'] * len(config['prompts'])} samples in batches of {config['batch_size']}, "
+        f"{config['ppo_epochs']} passes each, learning rate {config['learning_rate']:g}, KL weight "
+        f"{config['kl_coef']:g}; line: mean of the seeds, band: lowest to highest\n"
+        "memory: peak of live tensor bytes with adapters (full colour) and with all weights trained (pale); "
+        f"{clock_name}: mean and range of the seeds, without the meter"
     )
     figure = _head("PPO, RLOO and GRPO on the sentiment task, at equal samples", note, 5.2)
     curve, peak, clock = figure.subplots(1, 3, width_ratios=(1.7, 1.1, 0.9))
@@ -174,7 +183,7 @@ def draw_comparison(learning: dict, memory: dict, times: dict, path: Path) -> No
         low, high = ([pick(values) for values in zip(*curves)] for pick in (min, max))
         curve.fill_between(samples, low, high, color=COLOURS[name], alpha=0.13, linewidth=0)
         mean = [statistics.fmean(values) for values in zip(*curves)]
-        curve.plot(samples, mean, color=COLOURS[name], linewidth=2, label=name)
+        curve.plot(samples, mean, color=COLOURS[name], linewidth=2, label=f"{name} (n = {len(records)})")
     curve.set(xlabel="samples", xlim=(0, None), ylim=(-1.05, 1.05))
     curve.set_title("mean reward (mean of 5 batches)", fontsize=10)
     curve.grid(axis="y")
@@ -185,13 +194,12 @@ def draw_comparison(learning: dict, memory: dict, times: dict, path: Path) -> No
                 live = _peak_mib(memory[key][0])[0]
                 peak.bar(place + offset, live, 0.38, color=COLOURS[name], alpha=alpha)
                 peak.text(place + offset, live, f"{live:.0f}", ha="center", va="bottom", fontsize=8)
-        if name in times:
-            seconds = seconds_per_batch(times[name])
-            mean = statistics.fmean(seconds)
-            clock.bar(place, mean, 0.7, color=COLOURS[name])
-            around = [[mean - min(seconds)], [max(seconds) - mean]]
-            clock.errorbar(place, mean, around, color="black", capsize=3, linewidth=1)
-    for panel, title in ((peak, "peak of live tensors, MiB"), (clock, "time per batch, s")):
+        seconds = seconds_per_batch(learning[name])
+        mean = statistics.fmean(seconds)
+        clock.bar(place, mean, 0.7, color=COLOURS[name])
+        around = [[mean - min(seconds)], [max(seconds) - mean]]
+        clock.errorbar(place, mean, around, color="black", capsize=3, linewidth=1)
+    for panel, title in ((peak, "peak of live tensors, MiB"), (clock, f"{clock_name} per batch, s")):
         panel.set_title(title, fontsize=10)
         panel.set_xticks(range(len(names)), names, rotation=45, ha="right")
         panel.grid(axis="y")
@@ -199,7 +207,7 @@ def draw_comparison(learning: dict, memory: dict, times: dict, path: Path) -> No
     save(figure, path)
 
 
-def comparison_table(learning: dict, memory: dict, times: dict) -> str:
+def comparison_table(learning: dict, memory: dict) -> str:
     """Markdown: success, KL and diversity; peaks by both meters; time. Mean ± standard deviation over the runs."""
     first = next(iter(learning.values()))[0]
     tokens, config = first["tokens"], first["config"]
@@ -208,12 +216,13 @@ def comparison_table(learning: dict, memory: dict, times: dict) -> str:
         "# PPO, RLOO and GRPO on the sentiment task, at equal samples",
         "",
         f"{tokens['rows_per_step']} rows per batch of at most {prompt} + {completion} tokens, "
-        f"{config['epochs'] * len(config['prompts'])} samples per run. {_of(first)}.",
-        "Mean ± standard deviation over the runs. Made by `visualization/sentiment_charts.py`.",
+        f"{config['epochs'] * len(config['prompts'])} samples per run. {_of(first, learning)}.",
+        "Mean ± standard deviation over the runs. Whole run: wall clock with start, both judgements and saving, "
+        f"{first['summary']['threads']} thread. Made by `visualization/sentiment_charts.py`.",
         "",
         "| algorithm | seeds | success untrained, % | trained, % | KL to the untrained model, nats "
-        "| different completions | largest share of one word, % |",
-        "|---|---|---|---|---|---|---|",
+        "| different completions | largest share of one word, % | whole run, s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, records in learning.items():
         s = [record["summary"] for record in records]
@@ -225,13 +234,14 @@ def comparison_table(learning: dict, memory: dict, times: dict) -> str:
             spread([x["after"]["kl"] for x in s]),
             f"{spread([x['after']['distinct'] for x in s])} of {s[0]['after']['samples']}",
             spread([100 * (x["after"]["top_word_share"] or 0) for x in s]),
+            spread([record["wall_s"] for record in records]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
         "Live: peak of live tensor bytes. Resident: growth of resident memory over the training, sampled. "
-        "Value model: its weights, gradients and AdamW state, in PPO only. Time: without the meter, "
-        f"{len(next(iter(times.values())))} runs.",
+        "Value model: its weights, gradients and AdamW state, in PPO only. Seconds: "
+        f"{clock_of(first)[1]} of the training, without the meter, all seeds.",
         "",
         "| algorithm | live peak, MiB | of PPO's, % | in phase | resident, MiB | value model, MiB | s per batch "
         "| PPO's time / its |",
@@ -243,8 +253,8 @@ def comparison_table(learning: dict, memory: dict, times: dict) -> str:
         ppo = "ppo" + (ALL_WEIGHTS if name.endswith(ALL_WEIGHTS) else "")
         value = summary["value_model"]
         held = sum(value[k] for k in ("weight_bytes", "gradient_bytes", "optimizer_bytes")) / MIB if value else None
-        seconds = seconds_per_batch(times[name]) if name in times else None
-        ratio = statistics.fmean(seconds_per_batch(times["ppo"])) / statistics.fmean(seconds) if seconds else None
+        seconds = seconds_per_batch(learning[name]) if name in learning else None
+        ratio = statistics.fmean(seconds_per_batch(learning["ppo"])) / statistics.fmean(seconds) if seconds else None
         cells = [
             name,
             three_digits(live),
@@ -261,11 +271,11 @@ def comparison_table(learning: dict, memory: dict, times: dict) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, required=True, help="folder with learning/, memory/ and time/")
+    parser.add_argument("--runs", type=Path, required=True, help="folder with learning/ and memory/")
     parser.add_argument("--out", type=Path, required=True, help="folder that the chart and the table are written to")
     args = parser.parse_args(argv)
     try:
-        parts = [load(args.runs / part) for part in ("learning", "memory", "time")]
+        parts = [load(args.runs / part) for part in ("learning", "memory")]
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """The troubleshooting table of the sentiment recipe, from the records of experiments/run_sentiment_troubleshooting.sh.
 
-python visualization/sentiment_troubleshooting.py --runs results/runs/cpu-2core/sentiment/troubleshooting
+python visualization/sentiment_troubleshooting.py --runs results/runs/cpu-2core/sentiment/troubleshooting \\
+    --out results/sentiment_troubleshooting.md
 """
 
 import argparse
@@ -10,6 +11,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
+from visualization.combine_memory_data import write_atomically  # noqa: E402
+from visualization.sentiment_charts import clock_of  # noqa: E402
 from visualization.style import three_digits  # noqa: E402
 
 ROWS = (
@@ -27,7 +30,13 @@ ROWS = (
     ("no happy words", "words_learning_rate_3e-5", "`--learning_rate 3e-5`"),
     ("no happy words", "words_ppo_epochs_6", "`--ppo_epochs 6`"),
     ("no happy words", "words_learning_rate_2e-3", "`--learning_rate 2e-3`"),
+    ("no happy words", "../learning/ppo_seed0", "`--config experiments/configs/sentiment/learns.yaml`"),
 )
+HEAD = """# The document's advice, measured
+
+Default model, one change against the document's settings each, n = 1. Made by
+`visualization/sentiment_troubleshooting.py`.
+"""
 
 
 def measured(problem: str, record: dict) -> str:
@@ -37,9 +46,10 @@ def measured(problem: str, record: dict) -> str:
         return f"{three_digits(summary['live_peak_bytes'] / 2**20)} MiB peak of live tensors"
     if problem == "too slow":
         samples = sum(entry["samples"] for entry in summary["history"])
-        return f"{summary['train_s']:.1f} s, {1000 * summary['train_s'] / samples:.0f} ms per sample"
+        key, name = clock_of(record)
+        return f"{summary[key]:.1f} s of {name}, {1000 * summary[key] / samples:.0f} ms per sample"
     before, after = summary["before"], summary["after"]
-    return f"{before['success_rate']:.1%} -> {after['success_rate']:.1%}, KL {after['kl']:.3f} nats"
+    return f"{before['success_rate']:.1%} to {after['success_rate']:.1%}, KL {after['kl']:.3f} nats"
 
 
 def table(runs: Path) -> str:
@@ -59,10 +69,15 @@ def table(runs: Path) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, required=True, help="folder of the records")
+    parser.add_argument("--out", type=Path, help="file that the table is written to as well")
+    args = parser.parse_args(argv)
     try:
-        print(table(parser.parse_args(argv).runs))
+        text = table(args.runs)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
+    print(text)
+    if args.out:
+        write_atomically(args.out, lambda path: path.write_text(f"{HEAD}\n{text}\n", encoding="utf-8"))
 
 
 if __name__ == "__main__":

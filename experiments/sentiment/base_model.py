@@ -17,6 +17,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from data import cached_folder, python_reference
 from sentiment.text import sentences
 
+TINYLLAMA = dict(  # the shape of TinyLlama-1.1B, for measurements with random weights
+    vocab_size=32_000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
+    num_key_value_heads=4, max_position_embeddings=2048, initializer_range=0.02, steps=0,
+)  # fmt: skip
 PAD, EOS = "<|pad|>", "<|endoftext|>"
 
 
@@ -31,6 +35,7 @@ class BaseModel:
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     max_position_embeddings: int = 128
+    initializer_range: float = 0.1  # 1 / sqrt(hidden_size): with 0.02 the rows of the head stay short and alike
     steps: int = 500
     rows_per_step: int = 64
     learning_rate: float = 2e-3
@@ -66,13 +71,14 @@ def pretrain(shape: BaseModel, tokenizer, text: list[str], log=print):
     try:
         model = AutoModelForCausalLM.from_config(
             LlamaConfig(
-                vocab_size=len(tokenizer),
+                vocab_size=shape.vocab_size,
                 hidden_size=shape.hidden_size,
                 intermediate_size=shape.intermediate_size,
                 num_hidden_layers=shape.num_hidden_layers,
                 num_attention_heads=shape.num_attention_heads,
                 num_key_value_heads=shape.num_key_value_heads,
                 max_position_embeddings=shape.max_position_embeddings,
+                initializer_range=shape.initializer_range,
                 tie_word_embeddings=False,
                 bos_token_id=None,
                 eos_token_id=tokenizer.eos_token_id,

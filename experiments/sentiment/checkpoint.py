@@ -1,9 +1,9 @@
-"""A checkpoint of a v0.20.0 PPO or RLOO training in one safetensors file, and the way back into the trainer.
+"""A checkpoint of a PPO, RLOO or GRPO training in one safetensors file, and the way back into the trainer.
 
-Those trainers cannot go on from a checkpoint by themselves. Here a file holds all that the rest of the run depends on:
-trained weights (the value model's too), AdamW's moments and step counts, the states of the three random number
-generators, and, as JSON in the header, the number of finished batches with what was seen so far. It replaces its
-predecessor in one rename, so a kill leaves the old one or the new one.
+v0.20.0's trainers cannot go on from a checkpoint by themselves, and v1.16.0's writes pickles. Here a file holds all
+that the rest of the run depends on: trained weights (the value model's too), AdamW's moments and step counts, the
+states of the three random number generators, and, as JSON in the header, the number of finished batches with what was
+seen so far. It replaces its predecessor in one rename, so a kill leaves the old one or the new one.
 """
 
 import json

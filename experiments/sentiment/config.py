@@ -57,7 +57,7 @@ class SentimentConfig:
 
     output_dir: str = _setting("trained_model", "folder of the trained model, its curve and its checkpoint")
     save_merged: bool = _setting(False, "save the whole model with the adapter merged in, instead of the adapter")
-    checkpoint_steps: int = _setting(5, "batches between two checkpoints; 0: none (grpo has none)")
+    checkpoint_steps: int = _setting(5, "batches between two checkpoints; 0: none")
     restart: bool = _setting(False, "start from the beginning even if the output folder has a checkpoint")
     samples_per_prompt: int = _setting(100, "completions per prompt that are judged before and after the training")
     record: Optional[str] = _setting(None, "path of the JSON record; default: record.json in the output folder")

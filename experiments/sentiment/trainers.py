@@ -74,11 +74,12 @@ def build_trainer(config: SentimentConfig, stage, source: str, tokenizer, progre
         plain = copy.deepcopy(policy)
     reference = plain if plain is not None else WithoutAdapters(policy)
     rows = prompt_rows(config)
-    if config.algorithm == "grpo":
-        return (*_build_grpo(config, policy, reference, tokenizer, rows, progress), None, base_sha256)
-
     group = 1 if config.algorithm == "ppo" else config.k
     rows = rows[batches_done * config.batch_size // group :]
+    if config.algorithm == "grpo":
+        grpo = _build_grpo(config, policy, reference, tokenizer, rows, progress, config.batches - batches_done)
+        return (*grpo, None, base_sha256)
+
     dataset = as_dataset(rows, tokenizer, as_text=False)
     arguments = _on_policy_arguments(config, config.batches - batches_done, stage.name)
 
@@ -125,7 +126,7 @@ def build_trainer(config: SentimentConfig, stage, source: str, tokenizer, progre
     return trainer, policy, reference, value_model, base_sha256
 
 
-def _build_grpo(config: SentimentConfig, policy, reference, tokenizer, rows: list[str], progress: Progress):
+def _build_grpo(config: SentimentConfig, policy, reference, tokenizer, rows: list[str], progress, batches: int):
     from trl import GRPOConfig, GRPOTrainer
 
     arguments = GRPOConfig(
@@ -134,7 +135,7 @@ def _build_grpo(config: SentimentConfig, policy, reference, tokenizer, rows: lis
         max_completion_length=config.max_new_tokens,
         num_iterations=config.ppo_epochs,
         beta=config.kl_coef,
-        max_steps=config.batches * config.ppo_epochs,
+        max_steps=batches * config.ppo_epochs,
         shuffle_dataset=False,
         disable_dropout=True,
     )
