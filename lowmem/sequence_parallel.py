@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed._functional_collectives import all_gather_single_autograd
+from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_gather_single_autograd
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -47,6 +47,18 @@ ShardForward = Callable[[nn.Module, dict, torch.Tensor], tuple[torch.Tensor, tor
 LOGP_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.3}  # nats
 
 
+class _Wait(torch.autograd.Function):
+    """The gathered tensor itself. A view of one that still waits is a wrapper that counts as a storage of its own."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        return tensor.trigger_wait() if isinstance(tensor, AsyncCollectiveTensor) else tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
 @dataclass(frozen=True)
 class SequencePeers:
     """The processes that split sequences with this one: N consecutive ranks of the world."""
@@ -57,7 +69,8 @@ class SequencePeers:
 
     def gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         """Concatenates the peers' tensors, of one shape, along `dim`; differentiable."""
-        return all_gather_single_autograd(tensor.movedim(dim, 0).contiguous(), 0, self.group).movedim(0, dim)
+        gathered = all_gather_single_autograd(tensor.movedim(dim, 0).contiguous(), 0, self.group)
+        return _Wait.apply(gathered).movedim(0, dim)
 
     def check_same(self, tensor: torch.Tensor, what: str) -> None:
         """Raises RuntimeError if peers hold different integers: they would mix the rows of different batches."""
