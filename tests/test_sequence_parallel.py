@@ -201,14 +201,16 @@ def live_bytes() -> dict:
             if checkpointing != "none":
                 recompute_activations(model, selective=checkpointing == "selective")
             meter = LiveBytes()
+            meter.track([*model.parameters(), *model.buffers()])  # a transposed weight would count as an activation
+            standing = meter.live_bytes
             with meter:
                 if peers is None:
                     logps = whole_logps(model, ids, torch.ones_like(ids))
                 else:
                     logps, _ = sequence_logps(model, peers, ids, torch.ones_like(ids), COMPLETION, last_logps)
-                results[f"{checkpointing} {size}"] = meter.live_bytes
+                results[f"{checkpointing} {size}"] = meter.live_bytes - standing
                 logps.sum().backward()
-                results[f"{checkpointing} {size} peak"] = meter.peak_bytes
+                results[f"{checkpointing} {size} peak"] = meter.peak_bytes - standing
     return results
 
 
@@ -282,9 +284,9 @@ def test_activation_bytes_fall_with_the_number_of_peers(run):
     for result in results:
         for checkpointing in ("none", "selective", "full"):
             whole = result[f"{checkpointing} 1"]
-            for size in (2, 4):  # what a CPU keeps of a kept attention are two outputs
+            for size in (2, 4):  # keys and values of all peers are 4 % here; a kept attention are two outputs on a CPU
                 share = result[f"{checkpointing} {size}"] / whole
-                assert share < {"none": 1.12, "selective": 1.3, "full": 1.05}[checkpointing] / size, (size, share)
+                assert share < {"none": 1.12, "selective": 1.15, "full": 1.0}[checkpointing] / size, (size, share)
 
 
 def test_counted_activations_of_fourteen_thousand_tokens_are_close_to_one_nth():
