@@ -250,6 +250,18 @@ def test_committed_configurations_start(path, tmp_path):
     assert ("sequence_parallelism" in expected) == ("sequence_parallelism" in run["memory"]["strategies"])
 
 
+def run_together(commands: list[list[str]], timeout_s: float) -> None:
+    """Launchers that wait for one another; asserts that all end well, and leaves none behind."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    launchers = [subprocess.Popen(c, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) for c in commands]
+    try:
+        said = [launcher.communicate(timeout=timeout_s)[1] for launcher in launchers]
+    finally:
+        for launcher in launchers:
+            launcher.kill()
+    assert not any(launcher.returncode for launcher in launchers), said
+
+
 @pytest.mark.slow
 def test_two_nodes_train_as_one_world(tmp_path):
     """Two torchruns with an address and a node rank each, as two machines would start them."""
@@ -260,20 +272,14 @@ def test_two_nodes_train_as_one_world(tmp_path):
         port = free.getsockname()[1]
     config = ROOT / "experiments/configs/memory/four_processes_both.yaml"
     section = yaml.safe_load(config.read_text())["memory"] | {"num_processes": 2}
-    launchers = []
+    commands = []
     for node in range(2):
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
         command += [f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}"]
         command += ["experiments/train.py", "--config", str(config), *TINY, f"--record={tmp_path / 'record.json'}"]
         command += ["--memory", json.dumps(section)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        launchers.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
-    try:
-        said = [launcher.communicate(timeout=240)[1] for launcher in launchers]
-    finally:
-        for launcher in launchers:
-            launcher.kill()
-    assert [launcher.returncode for launcher in launchers] == [0, 0], said
+        commands.append(command)
+    run_together(commands, timeout_s=240)
     for name in ("record.json", "record.rank1.json"):
         run = json.loads((tmp_path / name).read_text())["memory"]
         assert run["num_processes"] == 2 and "sequence_parallelism 2" in run["strategies"]
@@ -292,19 +298,13 @@ def test_accelerate_starts_its_configurations(tmp_path, name, machines):
     processes = yaml.safe_load(path.read_text())["num_processes"]
     workload = {2: "two_processes_short", 4: "four_processes_both"}[processes]
     record = tmp_path / "record.json"
-    launchers = []
+    commands = []
     for machine in range(machines):
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
         command += [f"--machine_rank={machine}", f"--main_process_port={port}", "experiments/train.py"]
         command += ["--config", f"experiments/configs/memory/{workload}.yaml", *TINY, f"--record={record}"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        launchers.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
-    try:
-        said = [launcher.communicate(timeout=300)[1] for launcher in launchers]
-    finally:
-        for launcher in launchers:
-            launcher.kill()
-    assert not any(launcher.returncode for launcher in launchers), said
+        commands.append(command)
+    run_together(commands, timeout_s=300)
     for rank in range(processes):
         run = json.loads((record if rank == 0 else record.with_suffix(f".rank{rank}.json")).read_text())["memory"]
         held = run["zero2_bytes"]
