@@ -14,7 +14,8 @@ EOF
     exit 0 ;;
 esac
 ./setup_env.sh
-selection=(-m "not slow")
+# A quick test that hangs ends the run, with the stack of every thread
+selection=(-m "not slow" -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true)
 options=()
 for word in "$@"; do
   if [ "$word" = --all ]; then selection=(); else options+=("$word"); fi

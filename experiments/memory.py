@@ -130,8 +130,9 @@ def rloo_arguments(config: ExperimentConfig, choice: "MemoryChoice | None") -> d
         arguments["gradient_checkpointing_ratio"] = settings.gradient_checkpointing_ratio
         arguments["selective_checkpointing"] = settings.selective_checkpointing
     if settings.uses_deepspeed:
-        from lowmem.zero2 import stand_alone, zero2_config
+        from lowmem.zero2 import check_compile_locks, stand_alone, zero2_config
 
+        check_compile_locks()
         stand_alone()
         arguments["deepspeed"] = zero2_config(offload=bool(settings.grad_offload))
     if size > 1:

@@ -1,7 +1,7 @@
 """Multi-token-prediction loss from hidden states: no logits of (batch, positions, heads, vocabulary), not even of one.
 
-The obvious way computes the logits of n heads and keeps the log-softmax of all of them for the backward. Here one head
-after the other is projected in tiles of (chunk_tokens, chunk_vocab), and again in the backward. The peak is a tile; it
+The obvious way computes the logits of n heads and keeps the log-softmax of all of them for the backward. Here they are
+projected one after another in tiles of (chunk_tokens, chunk_vocab), and again in the backward. The peak is a tile; it
 does not know the number of heads, the number of tokens or the vocabulary. What is left are the gradients that the
 caller gets. Only predictions that count are projected (no padding, no ignored label), and in the backward only those
 whose weight is not zero.
@@ -12,7 +12,7 @@ whose weight is not zero.
 Shapes: B rows, S positions, n heads, H hidden size, V vocabulary. Head k (1 .. n) at position t predicts token t + k.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -38,52 +38,61 @@ class _HeadLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, targets, tile, num_hidden, *tensors):
         hidden, weight = tensors[:num_hidden], tensors[num_hidden:]
-        n_future, flat = targets.shape[-1], targets.view(-1, targets.shape[-1])
-        ctx.dtype = compute_dtype(hidden[0])
-        losses = torch.zeros(flat.shape, dtype=sum_dtype(ctx.dtype), device=targets.device)
+        ctx.tile, ctx.num_hidden, ctx.dtype = tile, num_hidden, compute_dtype(hidden[0])
+        ctx.together = projected_together(hidden, weight)
+        losses = torch.zeros(targets.shape, dtype=sum_dtype(ctx.dtype), device=targets.device)
         log_z = []
-        for k in range(n_future):
-            index = (flat[:, k] != IGNORE_INDEX).nonzero().squeeze(-1)
-            rows, lm_head = rows_of_head(hidden, k), of_head(weight, k)
-            head_losses, head_log_z = forward_rows(rows, index, lm_head, flat[index, k], tile, ctx.dtype)
-            losses[index, k] = head_losses
-            log_z.append(head_log_z)
-        ctx.save_for_backward(targets, *log_z, *tensors)
-        ctx.tile, ctx.num_hidden = tile, num_hidden
-        return losses.view(targets.shape)
+        for rows, lm_head, goals, out in by_call(ctx.together, hidden, weight, targets, losses):
+            index = (goals != IGNORE_INDEX).nonzero().squeeze(-1)
+            out[index], call_log_z = forward_rows(rows, index, lm_head, goals[index], tile, ctx.dtype)
+            log_z.append(call_log_z)
+        ctx.save_for_backward(targets, *tensors, *log_z)
+        return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_losses):
+        needed = ctx.needs_input_grad[3:]
         targets, *saved = ctx.saved_tensors
-        n_future = targets.shape[-1]
-        log_z, tensors = saved[:n_future], saved[n_future:]
+        tensors, log_z = saved[: len(needed)], saved[len(needed) :]
         hidden, weight = tensors[: ctx.num_hidden], tensors[ctx.num_hidden :]
-        flat, grad_losses = targets.view(-1, n_future), grad_losses.reshape(-1, n_future)
         # A row that heads share gets a sum, of which no part may be rounded; the row of one head is written once.
         adds_up = (hidden[0].ndim == 3 and len(hidden) == 1,) * len(hidden) + (True,) * len(weight)
         grads = [
-            torch.zeros(x.shape, dtype=sum_dtype(x.dtype) if added else x.dtype, device=x.device) if needed else None
-            for x, added, needed in zip(tensors, adds_up, ctx.needs_input_grad[3:])
+            torch.zeros(x.shape, dtype=sum_dtype(x.dtype) if added else x.dtype, device=x.device) if wanted else None
+            for x, added, wanted in zip(tensors, adds_up, needed)
         ]
-        grad_hidden, grad_weight = grads[: ctx.num_hidden], grads[ctx.num_hidden :]
-        for k in range(n_future):
-            index = (flat[:, k] != IGNORE_INDEX).nonzero().squeeze(-1)
-            backward_rows(
-                rows_of_head(hidden, k),
-                index,
-                of_head(weight, k),
-                flat[index, k],
-                log_z[k],
-                grad_losses[index, k],
-                rows_of_head(grad_hidden, k),
-                of_head(grad_weight, k),
-                ctx.tile,
-                ctx.dtype,
-            )
+        given = by_call(ctx.together, hidden, weight, targets, grad_losses.contiguous())
+        returned = by_call(ctx.together, grads[: ctx.num_hidden], grads[ctx.num_hidden :], targets)
+        for (rows, lm_head, goals, factors), (grad_rows, grad_lm_head, _), logs in zip(given, returned, log_z):
+            index = (goals != IGNORE_INDEX).nonzero().squeeze(-1)
+            goals, factors = goals[index], factors[index]
+            backward_rows(rows, index, lm_head, goals, logs, factors, grad_rows, grad_lm_head, ctx.tile, ctx.dtype)
         for i, (x, grad) in enumerate(zip(tensors, grads)):
             grads[i] = None if grad is None else grad.to(x.dtype)
         return None, None, None, *grads
+
+
+def projected_together(hidden: Sequence, weight: Sequence) -> bool:
+    """Whether the rows of all heads go through one LM head in one call, so that it is read once for all of them.
+
+    So it is where every prediction has its own row of one tensor; of separate tensors each is a call of its own.
+    """
+    return len(weight) == 1 and len(hidden) == 1 and hidden[0].ndim == 4
+
+
+def by_call(together: bool, hidden: Sequence, weight: Sequence, *of_predictions: torch.Tensor) -> Iterator[tuple]:
+    """What is projected in one call: rows (R, H), LM head (V, H), and of each (B, S, n) tensor those R entries.
+
+    Views all of them, so that results may be written there; None where `hidden` and `weight` are.
+    """
+    if together:
+        rows = None if hidden[0] is None else hidden[0].reshape(-1, hidden[0].shape[-1])
+        yield rows, weight[0], *(x.view(-1) for x in of_predictions)
+        return
+    for k in range(of_predictions[0].shape[-1]):
+        columns = (x.view(-1, x.shape[-1])[:, k] for x in of_predictions)
+        yield rows_of_head(hidden, k), of_head(weight, k), *columns
 
 
 def of_head(tensors: Sequence, k: int):
@@ -184,13 +193,11 @@ def mtp_predictions(
     """
     hidden, weight = per_head(hidden, weight, targets)
     tile = check_tile(chunk_tokens, chunk_vocab)
-    flat = targets.view(-1, targets.shape[-1])
-    best = torch.full_like(flat, IGNORE_INDEX)
-    for k in range(flat.shape[-1]):
-        index = (flat[:, k] != IGNORE_INDEX).nonzero().squeeze(-1)
-        rows = rows_of_head(hidden, k)
-        best[index, k] = argmax_rows(rows, index, of_head(weight, k), tile, compute_dtype(rows))
-    return best.view(targets.shape)
+    best = torch.full_like(targets, IGNORE_INDEX)
+    for rows, lm_head, goals, out in by_call(projected_together(hidden, weight), hidden, weight, targets, best):
+        index = (goals != IGNORE_INDEX).nonzero().squeeze(-1)
+        out[index] = argmax_rows(rows, index, lm_head, tile, compute_dtype(rows))
+    return best
 
 
 def number_of_heads(hidden: Heads, weight: Heads, n_future: int | None) -> int:

@@ -12,9 +12,12 @@ A plain loop calls `check_zero2(engine.optimizer, num_processes)` after `deepspe
 """
 
 import os
+import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils.cpp_extension import get_default_build_root
 from transformers import TrainerCallback
 
 
@@ -55,6 +58,22 @@ def stand_alone() -> None:
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     if "RANK" not in os.environ:
         os.environ.update(alone)
+
+
+def check_compile_locks(oldest_s: float = 600) -> None:
+    """DeepSpeed compiles an operator on its first use and waits for a process that does so already, for ever if that
+    one was killed: its lock stays. On a CPU that is the first ZeRO-2 run of a user.
+
+    Raises:
+        RuntimeError: for a lock that is older than any compilation takes.
+    """
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in (*root.glob("deepspeed_*/lock"), *root.glob("*/deepspeed_*/lock")):
+        if time.time() - lock.stat().st_mtime > oldest_s:
+            raise RuntimeError(
+                f"{lock} says that a process has been compiling DeepSpeed's operator for over {oldest_s / 60:.0f} "
+                "minutes; it was probably killed, and DeepSpeed would wait for it for ever. Delete that file."
+            )
 
 
 class NotSharded(RuntimeError):

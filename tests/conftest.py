@@ -4,12 +4,18 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments"), str(ROOT / "visualization")]
+
+
+# What DeepSpeed compiles; in the user's folder a lock that a killed process left would let every process wait for ever
+EXTENSIONS = tempfile.TemporaryDirectory(prefix="torch-extensions-")
+os.environ["TORCH_EXTENSIONS_DIR"] = EXTENSIONS.name
 
 
 def pytest_collection_modifyitems(items):

@@ -11,8 +11,6 @@ import importlib.util
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -27,6 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torchrun import launch
 
 from lowmem import shared_prefix_prompt
 from lowmem.shared_prefix import BranchScores, PromptGroup, shared_prefix_backward, shared_prefix_scores
@@ -326,31 +325,16 @@ def run_rank(out: str, engines: str) -> None:
 # --- tests -----------------------------------------------------------------------------------------------------------
 
 
-def launch(out: Path, engines: str):
+def launch_ranks(out: Path, engines: str):
     """`(tensors, messages)` of both ranks. A hang is a failure."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [*command, f"{out}/", engines],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=LAUNCH_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail(f"{engines}: two processes hung for {LAUNCH_S} s. {process.communicate()[0][-3000:]}")
-    assert process.returncode == 0, output[-5000:]
+    launch("tests/test_shared_prefix_distributed.py", f"{out}/", engines, processes=2, timeout_s=LAUNCH_S)
     tensors = [load_file(f"{out}/{rank}.safetensors") for rank in range(2)]
     return tensors, [json.loads(Path(f"{out}/{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
 def torch_ranks(tmp_path_factory):
-    return launch(tmp_path_factory.mktemp("torch-ranks"), "torch")
+    return launch_ranks(tmp_path_factory.mktemp("torch-ranks"), "torch")
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +343,7 @@ def deepspeed_ranks(tmp_path_factory):
         pytest.skip("DeepSpeed is not installed (requirements.txt)")
     if shutil.which("g++") is None:
         pytest.skip("DeepSpeed compiles its CPU communication on first use and finds no g++")
-    return launch(tmp_path_factory.mktemp("deepspeed-ranks"), "deepspeed")
+    return launch_ranks(tmp_path_factory.mktemp("deepspeed-ranks"), "deepspeed")
 
 
 def errors(name: str, case: dict, tensors: list[dict]) -> list[float]:

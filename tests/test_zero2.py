@@ -1,13 +1,14 @@
 """`lowmem.zero2` inside RLOOTrainer: bytes 1/N on every rank, weights of DDP, accumulation, resume, export, traps."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from torchrun import failing_probe, largest_difference, probe
 
-from lowmem.zero2 import NotSharded, Zero2Check, check_zero2, zero2_config
+from lowmem.zero2 import NotSharded, Zero2Check, check_compile_locks, check_zero2, zero2_config
 
 # Two optimizer steps per generation, so that the ratio is not one; 2 x 4 rows in all, whatever the processes
 COMMON = {"num_iterations": 2, "max_steps": 4}
@@ -241,3 +242,15 @@ def test_a_sharded_optimizer_passes(world_of_two):
 def test_what_is_not_sharded_is_an_error(world_of_two, optimizer, asked, reason):
     with pytest.raises(NotSharded, match=reason):
         check_zero2(optimizer, asked)
+
+
+@pytest.mark.parametrize("folder", ["deepspeed_shm_comm", "py311_cpu/deepspeed_shm_comm"])
+def test_a_lock_that_a_killed_compilation_left_is_an_error(tmp_path, monkeypatch, folder):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / folder / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    check_compile_locks()  # a peer compiles
+    os.utime(lock, (0, 0))
+    with pytest.raises(RuntimeError, match="Delete that file"):
+        check_compile_locks()

@@ -1,13 +1,15 @@
 """Starts a script alone or under torchrun, with a time limit: a hang is a failure with the last words of the ranks."""
 
 import atexit
+import contextlib
 import functools
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,19 +25,26 @@ def launch(script: str, *arguments: str, processes: int = 1, timeout_s: float = 
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += [str(ROOT / script), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (env or {})
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     try:
         output, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_tree(process.pid)
         output, _ = process.communicate()
         raise AssertionError(f"{script} did not end within {timeout_s} s; its last lines:\n{output[-3000:]}") from None
     if (process.returncode == 0) != ok:
         said = output.partition("failed (exitcode")[0]  # before torchrun's own report
         raise AssertionError(f"{script} ended with {process.returncode}:\n{said[-4000:]}")
     return output
+
+
+def kill_tree(pid: int) -> None:
+    """Ends a process and all of its descendants: torchrun gives every rank a session of its own, so that killing
+    its process group leaves ranks behind, which hold the pipe that `communicate` reads to its end."""
+    processes = psutil.Process(pid).children(recursive=True) + [psutil.Process(pid)]
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def probe(folder: Path, settings: dict, processes: int = 1, timeout_s: float = 300, env=None) -> list[dict]:
