@@ -40,7 +40,7 @@ from mtp_config import library_sha256  # noqa: E402
 from run_outcome import OUT_OF_MEMORY  # noqa: E402
 
 SMALL_TILE = (128, 512)  # 256 KiB in float32, for comparison with what holds no more than that
-WHOLE_ROWS = 64  # at once on the whole vocabulary: 37 MiB of 151,936 in float32
+WHOLE_ROWS = (64, 256)  # at once on the whole vocabulary: 37 and 148 MiB of 151,936 in float32
 NAIVE_PEAK = 3.6  # of the naive loss, in sizes of its logits (measured: 3.5 at 4 heads, more at 1)
 LARGEST_NAIVE_BYTES = 9 * 2**30  # on a CPU; what needs more is counted on fake tensors
 FAKE = ("naive", "seed-del", "logits")
@@ -80,11 +80,15 @@ def ours_small_tile(hidden, weight, labels):
     return mtp_ce_loss(hidden, weight, labels, **tile)["weighted_ce_loss"]
 
 
-def ours_whole_vocabulary(hidden, weight, labels):
-    """The driver, with heads that are given hidden states; few rows at once, on the whole vocabulary."""
-    heads = [lambda _, k=k: hidden[:, :, k] for k in range(hidden.shape[2])]
-    tile = dict(chunk_tokens=WHOLE_ROWS, chunk_vocab=weight.shape[0])
-    return sequential_mtp_backward(hidden.detach()[:, :, 0], heads, weight, labels, **tile)["weighted_ce_loss"]
+def ours_whole_vocabulary(rows):
+    """The driver, with heads that are given hidden states; `rows` at once, on the whole vocabulary."""
+
+    def loss(hidden, weight, labels):
+        heads = [lambda _, k=k: hidden[:, :, k] for k in range(hidden.shape[2])]
+        tile = dict(chunk_tokens=rows, chunk_vocab=weight.shape[0])
+        return sequential_mtp_backward(hidden.detach()[:, :, 0], heads, weight, labels, **tile)["weighted_ce_loss"]
+
+    return loss
 
 
 def per_head(one):
@@ -141,14 +145,16 @@ METHODS = {
     "seed-del": seed_del,
     "torch-chunked-mean": per_head(torch_chunked("mean")),
     "torch-chunked-none": one_call(torch_chunked("none")),
-    "torch-chunked-64": per_head(torch_chunked("mean", rows=WHOLE_ROWS)),
+    "torch-chunked-64": per_head(torch_chunked("mean", rows=WHOLE_ROWS[0])),
+    "torch-chunked-256": per_head(torch_chunked("mean", rows=WHOLE_ROWS[1])),
     "cce-compile": one_call(cut_cross_entropy("torch_compile")),
     "cce-kernel": one_call(cut_cross_entropy("cce")),
     "liger": per_head(liger),
     "logits": ours_from_logits,
     "hidden": ours,
     "hidden-small-tile": ours_small_tile,
-    "whole-vocabulary": ours_whole_vocabulary,
+    "whole-vocabulary": ours_whole_vocabulary(WHOLE_ROWS[0]),
+    "whole-vocabulary-256": ours_whole_vocabulary(WHOLE_ROWS[1]),
 }
 SLOW = ("torch-chunked-mean", "torch-chunked-none")  # 2 to 12 times the naive time
 PEERS = {"cce-compile": "cut_cross_entropy", "cce-kernel": "cut_cross_entropy", "liger": "liger_kernel"}

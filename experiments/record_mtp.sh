@@ -47,7 +47,9 @@ v32000() { heads 32000; }
 v151936() { heads 151936; }
 
 large() {
-  for vocab in 32000 151936; do benchmark --vocab $vocab --hidden_size 1024 --batch 2 --methods $quick; done
+  benchmark --vocab 32000 --hidden_size 1024 --batch 1 --methods $quick torch-chunked-256 whole-vocabulary-256
+  benchmark --vocab 32000 --hidden_size 1024 --batch 16 --methods naive hidden whole-vocabulary-256
+  benchmark --vocab 151936 --hidden_size 1024 --batch 1 --methods $quick
   benchmark --batch 128 --hidden_size 64 --methods naive seed-del logits hidden --part memory
 }
 

@@ -30,12 +30,14 @@ LOOKS = {
     "torch-chunked-mean": ("PyTorch chunked, one call per head", "#56B4E9", "s"),
     "torch-chunked-none": ("PyTorch chunked, one call", "#56B4E9", "D"),
     "torch-chunked-64": ("PyTorch chunked, 64 rows, one call per head", "#56B4E9", "P"),
+    "torch-chunked-256": ("PyTorch chunked, 256 rows, one call per head", "#88CCEE", "X"),
     "cce-compile": ("cut-cross-entropy, torch_compile", "#000000", "P"),
     "cce-kernel": ("cut-cross-entropy, kernel", "#000000", "X"),
     "liger": ("Liger", "#000000", "*"),
     "logits": ("ours from logits", "#0072B2", "^"),
     "hidden-small-tile": ("ours from hidden states, tile 256 KiB", "#009E73", "h"),
     "whole-vocabulary": ("ours head by head, 64 x V projected once", "#CC79A7", "^"),
+    "whole-vocabulary-256": ("ours head by head, 256 x V projected once", "#882255", "v"),
     "hidden": ("ours from hidden states, tile 8 MiB", "#009E73", "^"),
 }
 PIPELINE_COLOURS = {"baseline": "#D55E00", "verifiable": "#0072B2", "rho1": "#009E73"}
