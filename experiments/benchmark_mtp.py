@@ -3,7 +3,7 @@
     python experiments/benchmark_mtp.py --vocab 151936 --n_future 4
 
 Memory: each method in a fresh process, in bytes that PyTorch's allocator had given out above the inputs (the gradients
-it returns included). What does not fit is counted on fake tensors and marked so.
+it returns included). What does not fit is counted in a dry run (fake tensors) and marked so.
 Time: the methods in turn, round after round, in one process without a meter. Exactness: loss and gradients against the
 naive ones of the same process. The record is results/runs/<set>/benchmark/<case>.json; what is done is skipped and
 missing rounds are added, so it may be interrupted.
@@ -31,6 +31,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from train import environment, write_record  # noqa: E402
 
+from lowmem.dry_run import DryRun  # noqa: E402
 from lowmem.live_bytes import LiveBytes  # noqa: E402
 from lowmem.mtp_backward import sequential_mtp_backward  # noqa: E402
 from lowmem.mtp_logits import compute_mtp_ce_loss  # noqa: E402
@@ -202,9 +203,7 @@ def measure_memory(args) -> dict:
     """Of one method, in this process."""
     method = METHODS[args.measure]
     if does_not_fit(args, args.measure):
-        from torch._subclasses import FakeTensorMode
-
-        with FakeTensorMode():
+        with DryRun():
             tensors = inputs(args)
             meter = LiveBytes()
             meter.track(tensors)

@@ -42,6 +42,13 @@ def test_the_chart_refuses_a_row_without_a_measurement():
         draw_validation([*ROWS, ROWS[0] | {"measured_bytes": None}])
 
 
+def test_a_plan_of_an_8b_model_took_less_than_15_seconds_and_a_gigabyte():
+    plans = json.loads((ROOT / "results" / "planner" / "time.json").read_text())["plans"]
+    runs = [run for plan in plans.values() for run in plan["runs"]]
+    assert len(runs) >= 6 and all("Qwen3-8B" in plan["command"] for plan in plans.values())
+    assert max(run["wall_s"] for run in runs) < 15 and max(run["max_rss_bytes"] for run in runs) < 10**9
+
+
 @pytest.mark.slow
 def test_a_whole_trainer_in_a_dry_run_equals_its_recorded_run():
     import subprocess

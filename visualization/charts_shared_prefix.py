@@ -4,34 +4,41 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
 from visualization import style
 from visualization.combine_memory_data import GIB
+from visualization.comparison import ONE_ROW
 
 WAY_COLOURS = {"all rows": "#D55E00", "row by row": "#56B4E9", "shared": "#0072B2"}
 WAY_MARKERS = {"all rows": "o", "row by row": "s", "shared": "D"}
-PHASES = {"step": "whole step", "generate": "generation", "score": "scoring", "train": "training"}
-PHASE_COLOURS = {"step": "#0072B2", "generate": "#BBCCEE", "score": "#EEEEBB", "train": "#CCDDAA"}
+PHASE_LOOKS = {
+    "step": {"label": "whole step", "color": "#0072B2", "linewidth": 2},
+    "generate": {"label": "generation", "color": "#AA3377", "linewidth": 1},
+    "score": {"label": "scoring", "color": "#BBAA33", "linewidth": 1},
+    "train": {"label": "training", "color": "#228833", "linewidth": 1},
+}
+PEERS = ("upstream@1", f"upstream@1{ONE_ROW}")  # in the order in which they are preferred
 
 
 def shared_prefix(peaks: pd.DataFrame, times: pd.DataFrame) -> Figure:
-    """Above: a panel of training peaks per workload. Below: times saved at the largest measured k of each workload."""
+    """A column per workload: training peaks above, times saved below."""
     names = [name for name in peaks["workload"].unique() if name.startswith("layers_")]
     devices = ", ".join(sorted(set(times["device"])))
     note = (
-        "Above: live tensor bytes of one training forward and backward, weights and gradients included, 57 million "
-        "parameters, the same LM head in all ways; dashed: gradient checkpointing. Below: time of upstream@1 over "
-        f"ours, both trainers in turn on {devices}; line: token ratio k (P + R) / (P + k R)."
+        "57 million parameters. Above: live tensor bytes of one training forward and backward, weights and gradients "
+        "included, the same LM head in all ways; dashed: gradient checkpointing. Below: time of TRL v1.16.0 with its "
+        f"LM head on the completions over ours, whole optimizer steps in turn on {devices}; filled: all rows at once, "
+        "hollow: one row per micro-batch, because all do not fit; dashed: token ratio k (P + R) / (P + k R)."
     )
     figure = style.headed_figure("What does it save to compute every prompt once?", [], 7.6, note=note)
     grid = figure.add_gridspec(2, len(names))
     for column, name in enumerate(names):
         peaks_panel(figure.add_subplot(grid[0, column]), peaks[peaks["workload"] == name])
-    times_panel(figure.add_subplot(grid[1, :]), times)
+        times_panel(figure.add_subplot(grid[1, column]), times[times["workload"] == name])
     handles = [Line2D([], [], color=c, marker=WAY_MARKERS[w], label=w, linewidth=2) for w, c in WAY_COLOURS.items()]
-    handles += [Patch(facecolor=PHASE_COLOURS[phase], label=words) for phase, words in PHASES.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=7)
+    handles += [Line2D([], [], **look) for look in PHASE_LOOKS.values()]
+    handles.append(Line2D([], [], color=style.ALARM, linestyle=(0, (4, 2)), label="token ratio"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
     return figure
 
 
@@ -50,22 +57,23 @@ def peaks_panel(axes: Axes, peaks: pd.DataFrame) -> None:
 
 
 def times_panel(axes: Axes, times: pd.DataFrame) -> None:
-    shown = times[(times["peer"] == "upstream@1") & ~times["checkpointing"]].reset_index(drop=True)
-    order = ["prompt_tokens", "completion_tokens", "workload", "k"]
-    shown = shown.sort_values(order, ascending=[False, True, True, True])
-    width = 0.8 / len(PHASES)
-    for place, row in enumerate(shown.itertuples()):
-        for i, phase in enumerate(PHASES):
-            x, value = place + (i - (len(PHASES) - 1) / 2) * width, getattr(row, phase)
-            axes.bar(x, value, width * 0.92, color=PHASE_COLOURS[phase], zorder=2)
-            style.value_label(axes, x, value, f"{value:.1f}", fontsize=7)
-        axes.plot([place - 0.42, place + 0.42], [row.token_ratio] * 2, color=style.ALARM, linewidth=1.4, zorder=5)
+    """Times saved over k against the all-rows peer, or against the peer row by row where all rows do not fit."""
+    shown = times[times["peer"].isin(PEERS) & ~times["checkpointing"]].sort_values("peer").drop_duplicates("k")
+    shown = shown.sort_values("k")
+    if shown.empty:
+        axes.set_axis_off()
+        return
+    ks = [int(k) for k in shown["k"]]
+    axes.plot(ks, shown["token_ratio"], color=style.ALARM, linewidth=1.2, linestyle=(0, (4, 2)))
+    for phase, look in PHASE_LOOKS.items():
+        axes.plot(ks, shown[phase], zorder=5 if phase == "step" else 3, **look)
+    for row in shown.itertuples():
+        fill = "white" if row.peer.endswith(ONE_ROW) else PHASE_LOOKS["step"]["color"]
+        axes.plot(row.k, row.step, "o", color=PHASE_LOOKS["step"]["color"], markerfacecolor=fill, zorder=6)
+        style.value_label(axes, row.k, row.step, f"{row.step:.1f}", fontsize=7.5)
     axes.axhline(1, color=style.MUTED, linewidth=0.8)
-    words = [
-        f"{'57M' if row.workload.startswith('layers_') else 'tiny'}, k = {row.k}\n"
-        f"{row.prompt_tokens:,} + {row.completion_tokens:,}"
-        for row in shown.itertuples()
-    ]
-    axes.set_xticks(range(len(shown)), words, fontsize=style.SMALL_PT)
+    style.measured_ks(axes, ks)
+    axes.set_ylim(0, None)
+    axes.set_xlabel("k")
     axes.set_ylabel("times less time")
     axes.grid(axis="y")
