@@ -2,11 +2,12 @@
 
     python experiments/compare_time.py --variants baseline string-level --k 4 --workload cpu --pairs 5
 
-Every measurement is a fresh process without the live-bytes meter and with the C allocator's own settings, which
-run_matrix.py changes for its meters; its figure is the median of its steps after the first, or its only step with
-`--steps 1` (for steps of minutes, beside which a warm-up is nothing). Quote the ratio, not the seconds. The pairs go
-to `<runs>/time_pairs.json`, one entry per comparison, as soon as they are measured; pairs that were made with the same
-settings, trees and library are not measured again.
+Every measurement is a fresh process without the live-bytes meter, with the C allocator's own settings, which
+run_matrix.py changes for its meters, and without the shared prefix's self-check, which a training pays once. Its figure
+is the median of its steps after the first, or its only step with `--steps 1` (for steps of minutes, beside which a
+warm-up is nothing). Quote the ratio, not the seconds. The pairs go to `<runs>/time_pairs.json`, one entry per
+comparison, as soon as they are measured; pairs that were made with the same settings, trees and library are not
+measured again.
 """
 
 import argparse
@@ -33,7 +34,8 @@ def measure(variant: str, k: int, config: Path, options: list[str]) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.json"
         command = [sys.executable, str(HERE / "train.py"), "--config", str(config), "--variant", variant]
-        command += ["--rloo_k", str(k), "--record", str(path), "--count_live_bytes", "False", *options]
+        command += ["--rloo_k", str(k), "--record", str(path), "--count_live_bytes", "False", "--self_check", "False"]
+        command += options
         result = subprocess.run(
             command,
             capture_output=True,

@@ -57,6 +57,7 @@ class ExperimentConfig:
     gradient_checkpointing: bool = _setting(False, "recompute activations in the backward")
     logprob_chunk_tokens: int = _setting(8, "string-level: tokens whose logits are computed at once")
     rows_per_forward: int = _setting(1, "string-level, shared-prefix: rows that a forward holds at once")
+    self_check: bool = _setting(True, "shared-prefix: compute a group both ways on first use and compare")
     seed: int = _setting(0, "of data order and sampling")
 
     memory: Optional[dict | str] = _setting(None, "memory strategies, see docs/memory_strategies.md; as JSON")

@@ -117,13 +117,16 @@ def build_v116(
 
     reward = load_reward(config.reward)
     policy = load_policy(config, tokenizer)
+    shared = {}  # unknown to stage 0
+    if config.variant.startswith("shared-prefix"):
+        shared = {"shared_prefix": True, "shared_prefix_self_check": config.self_check}
     args = getattr(trl, f"{algorithm}Config")(
         **(training_arguments(config) | memory.rloo_arguments(config, choice)),
         num_generations=config.rloo_k,
         max_completion_length=config.response_tokens,
         num_iterations=config.epochs_per_batch,
         beta=config.kl_coef,
-        **({"shared_prefix": True} if config.variant.startswith("shared-prefix") else {}),  # unknown to stage 0
+        **shared,
         max_steps=config.steps,
     )
     trainer = getattr(trl, f"{algorithm}Trainer")(
