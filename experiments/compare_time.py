@@ -3,9 +3,9 @@
     python experiments/compare_time.py --variants baseline string-level --k 4 --workload cpu --pairs 5
 
 Every measurement is a fresh process without the live-bytes meter, with the C allocator's own settings, which
-run_matrix.py changes for its meters, and without the shared prefix's self-check, which a training pays once. Its figure
-is the median of its steps after the first, or its only step with `--steps 1` (for steps of minutes, beside which a
-warm-up is nothing). Quote the ratio, not the seconds. The pairs go to `<runs>/time_pairs.json`, one entry per
+run_matrix.py changes for its meters, and without the shared prefix's self-check, which a training pays once. Its
+figure is the median of its steps after the first, or its only step with `--steps 1` (for steps of minutes, beside
+which a warm-up is nothing). Quote the ratio, not the seconds. The pairs go to `<runs>/time_pairs.json`, one entry per
 comparison, as soon as they are measured; pairs that were made with the same settings, trees and library are not
 measured again.
 """

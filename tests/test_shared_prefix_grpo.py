@@ -203,6 +203,7 @@ def refusals(probe_model) -> dict[str, str | None]:
         ("num_beams", "NotImplementedError", "num_generations"),
         ("observation", "RuntimeError", "return the same one"),
         ("lowmem", "ImportError", "Put it on the path"),
+        ("self-check", "RuntimeError", "found a difference"),
     ],
 )
 def test_what_is_not_exact_is_refused_with_the_way_out(refusals, case, error, way_out):
@@ -210,6 +211,6 @@ def test_what_is_not_exact_is_refused_with_the_way_out(refusals, case, error, wa
     assert refusals[case].startswith(f"{error}: ") and case in refusals[case] and way_out in refusals[case]
 
 
-@pytest.mark.parametrize("case", ["none", "experts"])
+@pytest.mark.parametrize("case", ["none", "experts", "no self-check"])
 def test_what_is_exact_is_not_refused(refusals, case):
     assert refusals[case] is None

@@ -286,6 +286,16 @@ def print_refusals(algorithm: str, folder: str) -> None:
             patch.setattr(stock_trainer, "_tokenize_prompts", tokenize_with_observation)
             train()
 
+    def train_with_a_check_that_fails(**arguments):
+        from lowmem import shared_prefix
+
+        def fail(*args, **kwargs):
+            raise RuntimeError("the self-check found a difference")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shared_prefix, "check_shared_prefix", fail)
+            train(**arguments)
+
     reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     cases = {
         "none": train,
@@ -303,6 +313,8 @@ def print_refusals(algorithm: str, folder: str) -> None:
         "reentrant": functools.partial(train, **reentrant),
         "num_beams": functools.partial(train, generation_kwargs={"num_beams": 2}),
         "lowmem": train_without_lowmem,
+        "self-check": train_with_a_check_that_fails,
+        "no self-check": functools.partial(train_with_a_check_that_fails, shared_prefix_self_check=False),
     }
     if algorithm == "GRPO":
         cases["top_entropy_quantile"] = functools.partial(train, top_entropy_quantile=0.2)
@@ -567,6 +579,7 @@ def refusals(probe_model) -> dict[str, str | None]:
         ("reentrant", "NotImplementedError", '"use_reentrant": False'),
         ("num_beams", "NotImplementedError", "num_generations"),
         ("lowmem", "ImportError", "Put it on the path"),
+        ("self-check", "RuntimeError", "found a difference"),
     ],
 )
 def test_what_is_not_exact_is_refused_with_the_way_out(refusals, case, error, way_out):
@@ -574,7 +587,7 @@ def test_what_is_not_exact_is_refused_with_the_way_out(refusals, case, error, wa
     assert refusals[case].startswith(f"{error}: ") and case in refusals[case] and way_out in refusals[case]
 
 
-@pytest.mark.parametrize("case", ["none", "experts"])
+@pytest.mark.parametrize("case", ["none", "experts", "no self-check"])
 def test_what_is_exact_is_not_refused(refusals, case):
     assert refusals[case] is None
 
