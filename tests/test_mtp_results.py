@@ -40,8 +40,8 @@ def test_95_percent_below_naive_and_exact(cases):
     assert entry["seed-del"]["peak_bytes"] >= 0.99 * entry["naive"]["peak_bytes"], "del frees nothing"
     for record in cases.values():
         for name, method in record["methods"].items():
-            if "gradient_difference_relative" in method:  # of PyTorch's own choice of chunks it is 1.9e-5
-                limit = 1e-4 if name == "torch-chunked-mean" else 1e-5
+            if "gradient_difference_relative" in method:  # of PyTorch's own choice of chunks it is up to 1.9e-5
+                limit = 1e-4 if name in ("torch-chunked-mean", "torch-chunked-none") else 1e-5
                 assert method["gradient_difference_relative"] < limit, name
 
 
