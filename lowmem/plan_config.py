@@ -16,6 +16,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 WITHOUT_MEMORY = (
     *("workload", "record", "tokenizer_vocab_size", "model_seed", "dataset", "dataset_split", "reward", "steps"),
     *("epochs_per_batch", "learning_rate", "temperature", "seed", "budget_gib", "count_live_bytes"),
+    "self_check",  # of a variant's trainer, in its first step; a plan is of the steps after it
 )
 # Keys of a `memory:` section that the planner simulates, by its own names; those that change no peak of a plan
 STRATEGIES = {

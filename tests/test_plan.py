@@ -1,5 +1,6 @@
 """The planner: its predictions against executed steps, its verdicts, its search, and what it says to bad input."""
 
+import dataclasses
 import json
 
 import pytest
@@ -316,6 +317,13 @@ def test_host_memory_knows_workers_and_the_control_group(tmp_path):
     none = host_memory(10, 4, 100, 2, measured=(1000, 50))
     many = host_memory(10, 4, 100, 2, workers=8, offload_optimizer=True, measured=(1000, 50))
     assert many.peak_bytes - none.peak_bytes == 8 * 50 + 100 * 14
+
+
+def test_every_setting_of_train_is_known():
+    from config import ExperimentConfig
+
+    settings = {field.name: field.default for field in dataclasses.fields(ExperimentConfig)}
+    from_training_file(settings | {"variant": None})
 
 
 def test_training_files_are_read_and_unknown_settings_named():
