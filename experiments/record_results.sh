@@ -8,7 +8,7 @@ case "${1:-}" in
 Usage: experiments/record_results.sh SET
 
 Makes every run behind the committed tables and charts and leaves the records in results/runs/SET; resumes where it
-stopped. Takes about 2 hours on 2 cores; the times need a machine that does nothing else. Draw them with
+stopped. Takes about 7 hours on 2 cores; the times need a machine that does nothing else. Draw them with
   ./visualize_results.sh --runs results/runs/SET --out results
 EOF
     [ -n "${1:-}" ] && exit 0 || exit 2 ;;
@@ -32,15 +32,21 @@ pairs() { .venv/bin/python experiments/compare_time.py --runs "$runs" --variants
 pairs baseline string-level --workload cpu --k 4 --pairs 5
 pairs baseline string-level --workload published --k 2 --pairs 3
 
-# The shared prefix: whole trainers of a 57-million-parameter model, its training peaks, and its times
-for workload in layers_3072_53 layers_1024_1024 layers_256_512; do
+# The shared prefix: whole trainers of a 57-million-parameter model, its training peaks, and its times, of which a step
+# takes up to half an hour on one thread
+layers="layers_3072_53 layers_1024_1024 layers_256_512"
+for workload in $layers; do
   measure --workload $workload --variants upstream@1 upstream@1-mb1 string-level shared-prefix --k 2 8 --steps 1
-  for k in 2 8; do pairs upstream@1 shared-prefix --workload $workload --k $k --pairs 1; done
 done
-.venv/bin/python experiments/training_peaks.py --out "$runs/training_peaks.csv" --workloads layers_3072_53 \
-  layers_1024_1024 layers_256_512 published balanced long_response
-pairs upstream@1 shared-prefix --workload layers_3072_53 --k 8 --pairs 2
-pairs upstream@1 shared-prefix --workload layers_3072_53 --k 8 --pairs 1 --gradient_checkpointing True
-pairs upstream@1-mb1 shared-prefix --workload layers_3072_53 --k 8 --pairs 1
-pairs string-level shared-prefix --workload layers_3072_53 --k 8 --pairs 1
-for workload in published long_response; do pairs upstream@1 shared-prefix --workload $workload --k 8 --pairs 1; done
+.venv/bin/python experiments/training_peaks.py --out "$runs/training_peaks.csv" --workloads $layers \
+  published balanced long_response
+export OMP_NUM_THREADS=1
+step() { pairs "$1" shared-prefix --workload "$2" --k "$3" --pairs 1 --steps 1 "${@:4}"; }
+for workload in $layers; do
+  for k in 2 4 8; do step upstream@1 $workload $k; done
+  for k in 2 8; do step upstream@1 $workload $k --gradient_checkpointing True; done
+  for k in 2 8; do step string-level $workload $k; done
+  for k in 8 16 32 64; do step upstream@1-mb1 $workload $k; done
+  for k in 16 64; do step upstream@1-mb1 $workload $k --gradient_checkpointing True; done
+done
+for k in 2 4 8; do pairs upstream@1 shared-prefix --workload published --k $k --pairs 3; done
