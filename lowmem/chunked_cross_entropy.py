@@ -83,6 +83,7 @@ def backward_rows(
     used = grad_losses.nonzero().squeeze(-1)
     if used.shape[0] < index.shape[0]:
         index, targets, log_z, grad_losses = (x[used] for x in (index, targets, log_z, grad_losses))
+    del used  # or it would be held beside every tile
     stats = sum_dtype(dtype)
     grad_losses = grad_losses.to(stats)
     for rows in _chunks(index.shape[0], tile[0]):

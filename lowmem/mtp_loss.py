@@ -39,10 +39,9 @@ class _HeadLosses(torch.autograd.Function):
     def forward(ctx, targets, tile, num_hidden, *tensors):
         hidden, weight = tensors[:num_hidden], tensors[num_hidden:]
         ctx.tile, ctx.num_hidden, ctx.dtype = tile, num_hidden, compute_dtype(hidden[0])
-        ctx.together = projected_together(hidden, weight)
         losses = torch.zeros(targets.shape, dtype=sum_dtype(ctx.dtype), device=targets.device)
         log_z = []
-        for rows, lm_head, goals, out in by_call(ctx.together, hidden, weight, targets, losses):
+        for rows, lm_head, goals, out in by_call(projected_together(hidden, weight), hidden, weight, targets, losses):
             index = (goals != IGNORE_INDEX).nonzero().squeeze(-1)
             out[index], call_log_z = forward_rows(rows, index, lm_head, goals[index], tile, ctx.dtype)
             log_z.append(call_log_z)
@@ -62,8 +61,9 @@ class _HeadLosses(torch.autograd.Function):
             torch.zeros(x.shape, dtype=sum_dtype(x.dtype) if added else x.dtype, device=x.device) if wanted else None
             for x, added, wanted in zip(tensors, adds_up, needed)
         ]
-        given = by_call(ctx.together, hidden, weight, targets, grad_losses.contiguous())
-        returned = by_call(ctx.together, grads[: ctx.num_hidden], grads[ctx.num_hidden :], targets)
+        together = projected_together(hidden, weight)
+        given = by_call(together, hidden, weight, targets, grad_losses.contiguous())
+        returned = by_call(together, grads[: ctx.num_hidden], grads[ctx.num_hidden :], targets)
         for (rows, lm_head, goals, factors), (grad_rows, grad_lm_head, _), logs in zip(given, returned, log_z):
             index = (goals != IGNORE_INDEX).nonzero().squeeze(-1)
             goals, factors = goals[index], factors[index]

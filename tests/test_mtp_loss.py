@@ -176,7 +176,7 @@ def test_the_gradient_of_stacked_hidden_states_is_made_where_it_is_returned(dtyp
     with meter:
         loss = mtp_ce_loss(hidden, weight, labels, chunk_tokens=16, chunk_vocab=100)["weighted_ce_loss"]
         loss.backward()
-    numbers = 4 * 128 * 8 * 48  # targets, losses, log-sum-exps, indices
+    numbers = 4 * 128 * 8 * 40  # targets, losses, log-sum-exps, indices
     assert meter.peak_bytes - before - hidden.numel() * dtype.itemsize <= 16 * 100 * 4 * 4 + numbers
 
 
