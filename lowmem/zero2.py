@@ -69,7 +69,11 @@ def check_compile_locks(oldest_s: float = 600) -> None:
     """
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in (*root.glob("deepspeed_*/lock"), *root.glob("*/deepspeed_*/lock")):
-        if time.time() - lock.stat().st_mtime > oldest_s:
+        try:
+            age_s = time.time() - lock.stat().st_mtime
+        except FileNotFoundError:  # a peer has just finished
+            continue
+        if age_s > oldest_s:
             raise RuntimeError(
                 f"{lock} says that a process has been compiling DeepSpeed's operator for over {oldest_s / 60:.0f} "
                 "minutes; it was probably killed, and DeepSpeed would wait for it for ever. Delete that file."

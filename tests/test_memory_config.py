@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from torchrun import ROOT, launch
+from torchrun import ROOT, kill_tree, launch
 
 import memory
 from config import ExperimentConfig
@@ -258,7 +258,8 @@ def run_together(commands: list[list[str]], timeout_s: float) -> None:
         said = [launcher.communicate(timeout=timeout_s)[1] for launcher in launchers]
     finally:
         for launcher in launchers:
-            launcher.kill()
+            if launcher.poll() is None:
+                kill_tree(launcher.pid)
     assert not any(launcher.returncode for launcher in launchers), said
 
 
