@@ -19,25 +19,15 @@ Shapes: P prompt tokens, k completions of a prompt, R tokens of the longest comp
 micro-batch, N completions of all groups.
 """
 
-import math
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from lowmem.shared_prefix_checks import checkpointing_is_active, transformers_model
-from lowmem.shared_prefix_distributed import (
-    agree_on_micro_batches,
-    gradients_stay_local,
-    least_of_ranks,
-    reduce_once,
-    reshard,
-    without_wrapper,
-)
+from lowmem.shared_prefix_distributed import agree_on_micro_batches, reduce_once, without_wrapper
 from lowmem.shared_prefix_prompt import BranchForward, SharedPrompt, score_logits
+from lowmem.shared_prefix_self_check import check_on_first_use
 
 BRANCH_TOKENS = 1024  # of a micro-batch: enough work for one pass over the weights
 
@@ -130,7 +120,7 @@ def shared_prefix_backward(
         branch_forward: how the model is asked for log-probabilities, see `BranchForward`.
         backward: called with each micro-batch's loss, for example `accelerator.backward`.
         prompt_backward: see `SharedPrompt`.
-        self_check: `check_shared_prefix` on one group, on first use with this model in this mode.
+        self_check: `lowmem.shared_prefix_self_check` on one group, on first use with this model in this mode.
 
     Returns:
         The loss (a scalar) and the scores of all N completions in the order given, both without a graph.
@@ -157,7 +147,7 @@ def shared_prefix_backward(
 
     with reduce_once(model) as module:
         if self_check:
-            _check_on_first_use(module, groups, branch_forward, gradients=True)
+            check_on_first_use(module, groups, branch_forward, gradients=True)
         limits = max_branch_tokens, max_branches
         losses, scores = _run(module, groups, train, idle, limits, branch_forward, prompt_backward=prompt_backward)
     return torch.stack(losses).sum(), scores
@@ -180,7 +170,7 @@ def shared_prefix_scores(
     """
     module = without_wrapper(model, gradients=False)
     if self_check:
-        _check_on_first_use(module, groups, branch_forward, gradients=False)
+        check_on_first_use(module, groups, branch_forward, gradients=False)
 
     def nothing(scores):
         pass
@@ -223,135 +213,3 @@ def _run(model, groups, consume, idle, limits, branch_forward, **prompt_options)
                 idle(prompt.score([min(group.completions, key=len)], branch_forward)[0])
         first_row += len(group.completions)
     return results, everything
-
-
-class SharedPrefixMismatch(RuntimeError):
-    """The shared and the plain computation of one group differ by more than rounding."""
-
-
-# Largest accepted error of (log-probability in nats, gradient relative to its norm), by the precision of the keys and
-# values. A fault such as lost positions or a lost prompt gradient is above 0.5 in both. In half precision
-# log-probabilities are compared by their mean, because single tokens differ between two plain layouts as well.
-TOLERANCES = {
-    torch.float64: (1e-5, 1e-4),
-    torch.float32: (1e-3, 1e-2),
-    torch.bfloat16: (0.05, 0.3),
-    torch.float16: (0.05, 0.3),
-}
-
-
-def check_shared_prefix(
-    model: nn.Module,
-    group: PromptGroup,
-    *,
-    branch_forward: BranchForward = score_logits,
-    gradients: bool = True,
-    max_completions: int = 2,
-    max_completion_tokens: int = 64,
-) -> dict[str, float]:
-    """Runs part of a group shared and plain, and raises rather than lets training go on with wrong numbers.
-
-    The plain way runs `[prompt, completion]` one at a time, with the same `branch_forward`. The loss is the
-    log-probabilities times fixed random weights. Leaves `.grad` and the random state as they were; holds two sets of
-    gradients on the CPU. With FSDP2 all ranks call it with as many completions, and each looks at its shards.
-
-    Returns:
-        `logp_error_max`, `logp_error_mean` (nats) and `grad_error` (norm of the difference over the norm, of all
-        parameters together; 0 without `gradients`).
-
-    Raises:
-        SharedPrefixMismatch: if an error exceeds its tolerance or is not finite, or if a gradient is missing.
-        NotImplementedError, RuntimeError: see `SharedPrompt`.
-    """
-    model, prompt_ids = without_wrapper(model), group.prompt_ids
-    completions = [ids[:max_completion_tokens] for ids in group.completions[:max_completions]]
-    generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(len(ids), generator=generator).to(prompt_ids.device) for ids in completions]
-
-    def backward(logps, weight):
-        if gradients:
-            (logps * weight).sum().backward()
-        return logps.detach()
-
-    def shared():
-        with SharedPrompt(model, prompt_ids) as prompt:
-            logps, _, mask = prompt.score(completions, branch_forward)
-            return backward(logps[mask], torch.cat(weights)), prompt.dtype
-
-    def plain():
-        rows = []
-        for ids, weight in zip(completions, weights, strict=True):
-            row = torch.cat([prompt_ids, ids[:-1]])[None]
-            positions = torch.arange(row.shape[1], device=row.device)[None]
-            inputs = {"input_ids": row, "position_ids": positions, "use_cache": False}
-            rows.append(backward(branch_forward(model, inputs, ids[None])[0][0], weight))
-        return torch.cat(rows)
-
-    reshard(model)
-    kept = {name: parameter.grad for name, parameter in model.named_parameters()}
-    try:
-        with torch.set_grad_enabled(gradients), gradients_stay_local(model):
-            (shared_logps, dtype), shared_grads = _with_gradients(model, shared)
-            plain_logps, plain_grads = _with_gradients(model, plain)
-    finally:
-        reshard(model)
-        for name, parameter in model.named_parameters():
-            parameter.grad = kept[name]
-    return _compare(shared_logps, plain_logps, shared_grads, plain_grads, dtype)
-
-
-def _with_gradients(model, run):
-    model.zero_grad(set_to_none=True)
-    result = run()
-    reshard(model)
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return result, {name: (g.to_local() if isinstance(g, DTensor) else g).to("cpu") for name, g in grads.items()}
-
-
-def _compare(shared_logps, plain_logps, shared_grads, plain_grads, dtype) -> dict[str, float]:
-    difference = (shared_logps.double() - plain_logps.double()).abs()
-    common = shared_grads.keys() & plain_grads.keys()
-    squared_errors = {n: (shared_grads[n].double() - plain_grads[n].double()).square().sum().item() for n in common}
-    squared_norm = sum(grad.double().square().sum().item() for grad in plain_grads.values())
-    figures = {
-        "logp_error_max": difference.max().item(),
-        "logp_error_mean": difference.mean().item(),
-        "grad_error": math.sqrt(sum(squared_errors.values()) / squared_norm) if squared_norm > 0 else 0.0,
-    }
-    logp_tolerance, grad_tolerance = TOLERANCES[dtype]
-    decisive = "logp_error_max" if dtype.itemsize >= 4 else "logp_error_mean"
-    faults = []
-    if not figures[decisive] <= logp_tolerance:
-        faults.append(f"{decisive} exceeds {logp_tolerance:g}")
-    if not figures["grad_error"] <= grad_tolerance:
-        worst = max(squared_errors, key=squared_errors.get)
-        faults.append(f"grad_error exceeds {grad_tolerance:g}, most of it in {worst}")
-    if shared_grads.keys() != plain_grads.keys():
-        faults.append(f"only one of both has a gradient for {sorted(shared_grads.keys() ^ plain_grads.keys())[:4]}")
-    if faults:
-        raise SharedPrefixMismatch(
-            f"Shared prefix and plain computation differ: {'; '.join(faults)} ({figures}). Nothing was trained. Leave "
-            "the shared prefix off for this model, and report the model's configuration."
-        )
-    return figures
-
-
-_checked: weakref.WeakKeyDictionary[nn.Module, set] = weakref.WeakKeyDictionary()  # modes that passed, by model
-
-
-def _check_on_first_use(model, groups, branch_forward, gradients) -> None:
-    mode = (
-        transformers_model(model).config._attn_implementation,
-        model.training,
-        checkpointing_is_active(model),
-        gradients,
-    )
-    passed = _checked.setdefault(model, set())
-    shared = [group for group in groups if len(group.prompt_ids) > 1]  # one token leaves nothing to share
-    if not groups or mode in passed:
-        return
-    num = min(2, len(shared[0].completions)) if shared else 0
-    num = least_of_ranks(model, num, groups[0].prompt_ids.device)
-    if num:
-        check_shared_prefix(model, shared[0], branch_forward=branch_forward, gradients=gradients, max_completions=num)
-        passed.add(mode)

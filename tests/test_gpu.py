@@ -11,8 +11,9 @@ from lowmem.logprobs import chunked_logprobs
 from lowmem.mtp_backward import sequential_mtp_backward
 from lowmem.mtp_logits import compute_mtp_ce_loss
 from lowmem.mtp_loss import mtp_ce_loss
-from lowmem.shared_prefix import PromptGroup, check_shared_prefix
+from lowmem.shared_prefix import PromptGroup
 from lowmem.shared_prefix_generation import shared_prefix_generate
+from lowmem.shared_prefix_self_check import check_shared_prefix
 from lowmem.zero2 import zero2_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -17,15 +17,14 @@ from test_shared_prefix_models import (
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
-from lowmem import shared_prefix_prompt
+from lowmem import shared_prefix_prompt, shared_prefix_self_check
 from lowmem.shared_prefix import (
-    SharedPrefixMismatch,
-    check_shared_prefix,
     shared_prefix_backward,
     shared_prefix_scores,
 )
 from lowmem.shared_prefix_checks import why_not_exact
 from lowmem.shared_prefix_prompt import SharedPrompt, score_logits
+from lowmem.shared_prefix_self_check import SharedPrefixMismatch, check_shared_prefix
 
 
 def qwen3(**changes):
@@ -204,10 +203,53 @@ def test_self_check_catches_a_lost_prompt_gradient(monkeypatch):
         check_shared_prefix(qwen3(), make_groups()[0])
 
 
+def move_positions_by_one(model, inputs, labels):
+    if "past_key_values" in inputs:
+        inputs = {**inputs, "position_ids": inputs["position_ids"] + 1}
+    return score_logits(model, inputs, labels)
+
+
+def flat_model(dtype):
+    """As a new model is: its logits hardly depend on anything, and a fault in a few layers changes little."""
+    model = make_model("qwen3", torch.float32, num_hidden_layers=8, hidden_size=64, head_dim=16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(0.02 * parameter.shape[-1] ** 0.5 / 1.2)
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_self_check_catches_small_faults_in_half_precision(dtype, monkeypatch):
+    """The faults are below 0.05 nats a token and 0.1 of the gradient."""
+    group = make_groups([(60, (30, 30))])[0]
+    figures = check_shared_prefix(flat_model(dtype), group)
+    with pytest.raises(SharedPrefixMismatch, match="grad_error exceeds"):
+        check_shared_prefix(flat_model(dtype), group, branch_forward=move_positions_by_one)
+    close = SharedPrompt.__exit__
+
+    def lose_gradient_of_a_layer(self, *args):
+        self._leaves[2].grad.zero_()
+        close(self, *args)
+
+    monkeypatch.setattr(SharedPrompt, "__exit__", lose_gradient_of_a_layer)
+    with pytest.raises(SharedPrefixMismatch, match="grad_error exceeds"):
+        check_shared_prefix(flat_model(dtype), group)
+    assert figures["logp_tolerance"] < 0.05 and figures["grad_tolerance"] < 0.1
+
+
+def test_self_check_needs_layers_whose_input_it_can_round_in_half_precision(monkeypatch):
+    monkeypatch.setattr(shared_prefix_self_check, "GradientCheckpointingLayer", torch.nn.Conv3d)  # there is none
+    check_shared_prefix(qwen3(), make_groups()[0])
+    with pytest.raises(NotImplementedError, match="in float32"):
+        check_shared_prefix(qwen3().to(torch.bfloat16), make_groups()[0])
+
+
 def test_self_check_runs_once_per_model_and_mode(monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "lowmem.shared_prefix.check_shared_prefix", lambda model, group, **kwargs: calls.append(kwargs["gradients"])
+        "lowmem.shared_prefix_self_check.check_shared_prefix",
+        lambda model, group, **kwargs: calls.append(kwargs["gradients"]),
     )
     model, groups = qwen3(), make_groups()
     for _ in range(2):
@@ -218,6 +260,24 @@ def test_self_check_runs_once_per_model_and_mode(monkeypatch):
     shared_prefix_backward(model, groups, lambda s: s.logps.sum())
     shared_prefix_backward(model, groups, lambda s: s.logps.sum(), self_check=False)
     assert calls == [False, True, True]
+
+
+def test_self_check_runs_once_per_adapter(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "lowmem.shared_prefix_self_check.check_shared_prefix",
+        lambda model, group, **kwargs: calls.append(model.active_adapter),
+    )
+    model, groups = with_lora(lora_dropout=0.0), make_groups()
+    model.add_adapter("other", LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    for _ in range(2):
+        model.set_adapter("default")
+        shared_prefix_scores(model, groups)
+        with model.disable_adapter():  # the reference model of a trainer
+            shared_prefix_scores(model, groups)
+        model.set_adapter("other")
+        shared_prefix_scores(model, groups)
+    assert calls == ["default", "default", "other"]
 
 
 def test_a_branch_that_drops_the_cache_is_caught():

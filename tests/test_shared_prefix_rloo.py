@@ -287,13 +287,13 @@ def print_refusals(algorithm: str, folder: str) -> None:
             train()
 
     def train_with_a_check_that_fails(**arguments):
-        from lowmem import shared_prefix
+        from lowmem import shared_prefix_self_check
 
         def fail(*args, **kwargs):
             raise RuntimeError("the self-check found a difference")
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(shared_prefix, "check_shared_prefix", fail)
+            patch.setattr(shared_prefix_self_check, "check_shared_prefix", fail)
             train(**arguments)
 
     reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}

@@ -1,0 +1,208 @@
+"""One group computed shared and plain before the shared prefix is first used, so that no wrong number is trained on.
+
+The obvious check, one tolerance for all models, works in float32 and float64, where a fault is far above rounding. In
+half precision rounding itself ranges over two orders of magnitude: in bfloat16 a correct Qwen3 shape of 28 layers
+differs by 0.05 nats a token at an initializer range of 0.3, while positions off by one cost 0.005 in 8 layers at 0.02.
+So there the tolerance is measured: the plain way runs once more with every layer's input rounded otherwise.
+
+    figures = check_shared_prefix(model, PromptGroup(prompt_ids, completions))
+"""
+
+import math
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lowmem.shared_prefix_checks import checkpointing_is_active, transformers_model
+from lowmem.shared_prefix_distributed import gradients_stay_local, least_of_ranks, reshard, without_wrapper
+from lowmem.shared_prefix_prompt import BranchForward, SharedPrompt, score_logits
+
+if TYPE_CHECKING:
+    from lowmem.shared_prefix import PromptGroup
+
+# Largest accepted error of (log-probability in nats, gradient relative to its norm), by the precision of the keys and
+# values. A fault such as lost positions or a lost prompt gradient is above 0.5 in both.
+TOLERANCES = {torch.float64: (1e-5, 1e-4), torch.float32: (1e-3, 1e-2)}
+# In half precision: this many times what one unit in the last place of every layer's input does. A correct
+# computation is at 0.01 to 0.5 times that (2 to 28 layers, bfloat16 and float16). Log-probabilities are compared by
+# their mean, because single tokens differ more between two plain layouts as well; of a few tokens the mean is left to
+# chance, so rounding is repeated until it has met this many.
+TOLERANCE_IN_ROUNDINGS = 2.0
+ROUNDED_TOKENS = 32
+
+
+class SharedPrefixMismatch(RuntimeError):
+    """The shared and the plain computation of one group differ by more than rounding."""
+
+
+def check_shared_prefix(
+    model: nn.Module,
+    group: "PromptGroup",
+    *,
+    branch_forward: BranchForward = score_logits,
+    gradients: bool = True,
+    max_completions: int = 2,
+    max_completion_tokens: int = 64,
+) -> dict[str, float]:
+    """Runs part of a group shared and plain, and raises rather than lets training go on with wrong numbers.
+
+    The plain way runs `[prompt, completion]` one at a time, with the same `branch_forward`. The loss is the
+    log-probabilities times fixed random weights. Leaves `.grad` and the random state as they were; holds two sets of
+    gradients on the CPU. With FSDP2 all ranks call it with as many completions, and each looks at its shards.
+
+    Returns:
+        `logp_error_max`, `logp_error_mean` (nats) and `grad_error` (norm of the difference over the norm, of all
+        parameters together; 0 without `gradients`), and what is accepted: `logp_tolerance` (of the maximum, in half
+        precision of the mean) and `grad_tolerance`.
+
+    Raises:
+        SharedPrefixMismatch: if an error exceeds its tolerance or is not finite, or if a gradient is missing.
+        NotImplementedError, RuntimeError: see `SharedPrompt`; also if rounding cannot be measured in half precision.
+    """
+    model, prompt_ids, device = without_wrapper(model), group.prompt_ids, group.prompt_ids.device
+    completions = [ids[:max_completion_tokens] for ids in group.completions[:max_completions]]
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(len(ids), generator=generator).to(device) for ids in completions]
+
+    def backward(logps, weight):
+        if gradients:
+            (logps * weight).sum().backward()
+        return logps.detach()
+
+    def shared():
+        with SharedPrompt(model, prompt_ids) as prompt:
+            logps, _, mask = prompt.score(completions, branch_forward)
+            return backward(logps[mask], torch.cat(weights)), prompt.dtype
+
+    def plain():
+        rows = []
+        for ids, weight in zip(completions, weights, strict=True):
+            row = torch.cat([prompt_ids, ids[:-1]])[None]
+            positions = torch.arange(row.shape[1], device=row.device)[None]
+            inputs = {"input_ids": row, "position_ids": positions, "use_cache": False}
+            rows.append(backward(branch_forward(model, inputs, ids[None])[0][0], weight))
+        return torch.cat(rows)
+
+    reshard(model)
+    kept = {name: parameter.grad for name, parameter in model.named_parameters()}
+    try:
+        with torch.set_grad_enabled(gradients), gradients_stay_local(model):
+            (logps, dtype), grads = _with_gradients(model, shared)
+            reference = _with_gradients(model, plain)
+            figures, worst = _differences((logps, grads), reference)
+            one_sided = sorted(grads.keys() ^ reference[1].keys())
+            del grads  # two sets at a time
+            if dtype in TOLERANCES:
+                logp_tolerance, grad_tolerance = TOLERANCES[dtype]
+            else:
+                num_tokens = least_of_ranks(model, sum(len(ids) for ids in completions), device)
+                logp_tolerance = grad_tolerance = 0.0
+                for seed in range(math.ceil(ROUNDED_TOKENS / num_tokens)):
+                    with _layer_inputs_rounded_otherwise(model, torch.finfo(dtype).eps, seed):
+                        rounding, _ = _differences(_with_gradients(model, plain), reference)
+                    logp_tolerance = max(logp_tolerance, TOLERANCE_IN_ROUNDINGS * rounding["logp_error_mean"])
+                    grad_tolerance = max(grad_tolerance, TOLERANCE_IN_ROUNDINGS * rounding["grad_error"])
+    finally:
+        reshard(model)
+        for name, parameter in model.named_parameters():
+            parameter.grad = kept[name]
+    figures |= {"logp_tolerance": logp_tolerance, "grad_tolerance": grad_tolerance}
+    _raise_if_different(figures, worst, one_sided, "logp_error_max" if dtype in TOLERANCES else "logp_error_mean")
+    return figures
+
+
+def _with_gradients(model, run):
+    model.zero_grad(set_to_none=True)
+    result = run()
+    reshard(model)
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return result, {name: (g.to_local() if isinstance(g, DTensor) else g).to("cpu") for name, g in grads.items()}
+
+
+@contextmanager
+def _layer_inputs_rounded_otherwise(model: nn.Module, eps: float, seed: int) -> Iterator[None]:
+    """Moves every number that enters a decoder layer by a random -1, 0 or 1 times `eps`, the same in a replay."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise NotImplementedError(
+            "The self-check cannot tell rounding from a fault in half precision: no layer of the model is a "
+            "`GradientCheckpointingLayer`. Check the model in float32 with `check_shared_prefix`, and switch the "
+            "self-check off."
+        )
+
+    def round_otherwise(number):
+        def pre_hook(layer, args):
+            hidden = args[0]
+            generator = torch.Generator(hidden.device).manual_seed(seed * len(layers) + number)
+            steps = torch.randint(-1, 2, hidden.shape, generator=generator, device=hidden.device)
+            return (hidden * (1 + eps * steps).to(hidden.dtype), *args[1:])
+
+        return pre_hook
+
+    handles = [layer.register_forward_pre_hook(round_otherwise(number)) for number, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _differences(found, reference) -> tuple[dict[str, float], str | None]:
+    """Errors of (log-probabilities, gradients) against others, and the parameter that most of it is in."""
+    (logps, grads), (reference_logps, reference_grads) = found, reference
+    difference = (logps.double() - reference_logps.double()).abs()
+    common = grads.keys() & reference_grads.keys()
+    squared_errors = {n: (grads[n].double() - reference_grads[n].double()).square().sum().item() for n in common}
+    squared_norm = sum(grad.double().square().sum().item() for grad in reference_grads.values())
+    figures = {
+        "logp_error_max": difference.max().item(),
+        "logp_error_mean": difference.mean().item(),
+        "grad_error": math.sqrt(sum(squared_errors.values()) / squared_norm) if squared_norm > 0 else 0.0,
+    }
+    return figures, max(squared_errors, key=squared_errors.get, default=None)
+
+
+def _raise_if_different(figures: dict[str, float], worst: str | None, one_sided: Sequence[str], decisive: str) -> None:
+    faults = []
+    if not figures[decisive] <= figures["logp_tolerance"]:
+        faults.append(f"{decisive} exceeds {figures['logp_tolerance']:.2g}")
+    if not figures["grad_error"] <= figures["grad_tolerance"]:
+        faults.append(f"grad_error exceeds {figures['grad_tolerance']:.2g}, most of it in {worst}")
+    if one_sided:
+        faults.append(f"only one of both has a gradient for {one_sided[:4]}")
+    if faults:
+        raise SharedPrefixMismatch(
+            f"Shared prefix and plain computation differ: {'; '.join(faults)} ({figures}). Nothing was trained. Leave "
+            "the shared prefix off for this model, and report the model's configuration."
+        )
+
+
+_checked: weakref.WeakKeyDictionary[nn.Module, set] = weakref.WeakKeyDictionary()  # modes that passed, by model
+
+
+def check_on_first_use(
+    model: nn.Module, groups: Sequence["PromptGroup"], branch_forward: BranchForward, gradients: bool
+) -> None:
+    """`check_shared_prefix` on one group, once per model and mode: attention, training, checkpointing, adapters."""
+    mode = (
+        transformers_model(model).config._attn_implementation,
+        model.training,
+        checkpointing_is_active(model),
+        gradients,
+        tuple(parameter.requires_grad for parameter in model.parameters()),  # says which adapter is active
+    )
+    passed = _checked.setdefault(model, set())
+    shared = [group for group in groups if len(group.prompt_ids) > 1]  # one token leaves nothing to share
+    if not groups or mode in passed:
+        return
+    num = min(2, len(shared[0].completions)) if shared else 0
+    num = least_of_ranks(model, num, groups[0].prompt_ids.device)
+    if num:
+        check_shared_prefix(model, shared[0], branch_forward=branch_forward, gradients=gradients, max_completions=num)
+        passed.add(mode)
