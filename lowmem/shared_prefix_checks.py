@@ -194,8 +194,9 @@ def why_not_exact_at(model: nn.Module, shortest: int, longest: int) -> list[str]
             exact = rope_type == "dynamic" and longest < switch
         if not exact:
             reasons.append(
-                f"RoPE of type {rope_type!r} depends on the longest position: the prompt alone ({shortest} tokens) "
-                f"and with its completion ({longest} tokens) are rotated differently (switch at {switch} tokens). "
+                f"RoPE of type {rope_type!r} depends on the longest position: forwards over {shortest} tokens and "
+                f"over {longest} (with the completion, and the padding of a trainer) are rotated differently (switch "
+                f"at {switch} tokens). "
                 "Keep all lengths on one side (`dynamic`: below), use a RoPE type whose angles are fixed "
                 f"({', '.join(sorted(STATIC_ROPE_TYPES))}), or leave the shared prefix off."
             )

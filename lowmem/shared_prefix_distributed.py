@@ -96,6 +96,12 @@ def _why_no_forward(model: nn.Module) -> list[str]:
 def _why_no_reduction(model: nn.Module) -> list[str]:
     if isinstance(model, DistributedDataParallel) and model._comm_hooks:
         return ["DDP has a communication hook, which would be ignored. Do without `register_comm_hook`."]
+    if is_sharded(model) and not _every_backward_reduces(model):
+        return [
+            "FSDP2's reduction is switched off, and gradients of several backwards would wait in places that the "
+            "shared prefix does not look at. Leave `set_requires_gradient_sync` at True: every backward reduces its "
+            "shards."
+        ]
     if not is_deepspeed_engine(model):
         return []
     reasons = []
@@ -111,6 +117,12 @@ def _why_no_reduction(model: nn.Module) -> list[str]:
     if not model.managed_gradient_accumulation():
         reasons.append("DeepSpeed's `managed_gradient_accumulation` is false. Leave it at true.")
     return reasons
+
+
+def _every_backward_reduces(model: nn.Module) -> bool:
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    groups = [group for module in sharded for group in module._get_fsdp_state()._fsdp_param_groups]
+    return all(group.reduce_grads and group.all_reduce_grads for group in groups)
 
 
 @contextmanager

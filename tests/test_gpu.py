@@ -63,6 +63,15 @@ def test_shared_prefix_matches_plain_rows(dtype, tolerance, checkpointing):
     assert figures["logp_error_mean"] <= tolerance and figures["grad_error"] <= tolerance
 
 
+def test_self_check_allows_for_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    model = make_model("qwen3", torch.float32).to("cuda")
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(3, model.config.vocab_size, (n,), generator=generator).to("cuda") for n in (200, 33, 64)]
+    figures = check_shared_prefix(model, PromptGroup(ids[0], ids[1:]))
+    assert figures["logp_error_mean"] <= 0.5 * figures["logp_tolerance"]
+
+
 def test_shared_prefix_generates_the_greedy_tokens_of_stock():
     model = make_model("qwen3", torch.float32).to("cuda").eval()
     ids = torch.randint(3, model.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(1)).to("cuda")

@@ -30,7 +30,7 @@ from lowmem.shared_prefix import (
     shared_prefix_scores,
 )
 from lowmem.shared_prefix_prompt import SharedPrompt, score_chunks, score_logits
-from lowmem.shared_prefix_self_check import check_shared_prefix
+from lowmem.shared_prefix_self_check import TOLERANCES, check_shared_prefix
 
 # logp in nats, absolute; gradient of the worst parameter, relative to its norm
 TOLERANCE = {torch.float64: (1e-12, 1e-10), torch.float32: (1e-5, 1e-4)}
@@ -319,12 +319,72 @@ def test_padded_and_empty_ids_are_refused(ids):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_self_check_leaves_room_above_rounding_in_half_precision(name, dtype):
-    """Also for groups of one token, whose mean error is left to chance."""
+    """Also for groups of one token, whose mean error is left to chance. Experts are chosen, so theirs is less."""
     one_token = PromptGroup(make_groups()[0].prompt_ids, [torch.tensor([5])])
+    room = 1.0 if name in ("qwen3-moe", "mixtral") else 0.4
     for group in (*make_groups(), one_token):
         figures = check_shared_prefix(make_model(name, dtype), group)
-        assert figures["logp_error_mean"] <= 0.5 * figures["logp_tolerance"]
-        assert figures["grad_error"] <= 0.5 * figures["grad_tolerance"]
+        assert figures["logp_error_mean"] <= room * figures["logp_tolerance"]
+        assert figures["grad_error"] <= room * figures["grad_tolerance"]
+
+
+def test_gradients_of_many_branches_under_autocast_are_as_near_to_float32_as_those_of_plain_rows():
+    """Keys and values collect their gradients in bfloat16, here of branches whose sum cancels, in the worst order."""
+    num_rows = 64
+    group = make_groups([(40, [12 - 8 * i // num_rows for i in range(num_rows)])])[0]
+    rows = [PromptGroup(group.prompt_ids, [completion]) for completion in group.completions]
+    advantages = torch.linspace(3, -3, num_rows)
+    model = make_model("qwen3", torch.float32)
+
+    def loss_of(scores, first_row=0):
+        return -(advantages[scores.rows + first_row] * scores.logps.sum(-1)).sum() / num_rows
+
+    loss_of(plain_scores(model, [group])).backward()
+    exact = gradients(model)
+    for number, row in enumerate(rows):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = loss_of(plain_scores(model, [row]), number)
+        loss.backward()
+    plain = gradients(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        shared_prefix_backward(model, [group], loss_of, max_branches=1, self_check=False)
+    shared = gradients(model)
+
+    def error(grads):
+        return torch.stack([(grads[name] - exact[name]).norm() for name in exact]).norm()
+
+    print(f"shared {error(shared):.2e}, plain {error(plain):.2e}")
+    assert error(shared) <= 1.1 * error(plain)
+
+
+class QuantizedLinear(torch.nn.Module):
+    """As those of bitsandbytes: products in bfloat16, the result in the dtype of the input."""
+
+    def __init__(self, linear: torch.nn.Linear):
+        super().__init__()
+        self.scale = linear.weight.abs().max().item() / 127
+        self.weight = torch.nn.Parameter((linear.weight / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, hidden):
+        weight = self.weight.to(torch.bfloat16) * self.scale
+        return torch.nn.functional.linear(hidden.to(torch.bfloat16), weight).to(hidden.dtype)
+
+
+def test_self_check_sees_half_precision_behind_float32_keys_of_quantized_models():
+    model = make_model("qwen3", torch.float32)
+    for layer in model.model.layers:
+        for block in (layer.self_attn, layer.mlp):
+            for name, linear in list(block.named_children()):
+                if isinstance(linear, torch.nn.Linear):
+                    setattr(block, name, QuantizedLinear(linear))
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # as TRL trains it; attention rounds too
+        with SharedPrompt(model, make_groups()[0].prompt_ids) as prompt:
+            assert prompt.dtype == torch.float32
+            prompt.score(make_groups()[0].completions)[0].sum().backward()
+        figures = check_shared_prefix(model, make_groups()[0])
+    limit = TOLERANCES[torch.finfo(torch.float32).eps][0]
+    assert figures["logp_error_max"] > limit, "rounding does not show"
+    assert figures["logp_error_mean"] <= 0.5 * figures["logp_tolerance"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

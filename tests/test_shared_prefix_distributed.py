@@ -81,6 +81,7 @@ TORCH_REFUSALS = {
     "no groups": ("ValueError", "at least one"),
     "one-token prompt on one rank of FSDP2": ("ValueError", "at least two tokens"),
     "weights changed in FSDP2": ("RuntimeError", "Step the optimizer"),
+    "FSDP2 without reduction": ("NotImplementedError", "set_requires_gradient_sync"),
     "last layer not gathered in FSDP2": ("RuntimeError", ""),
 }
 DEEPSPEED_REFUSALS = {
@@ -279,6 +280,10 @@ def refused(name: str) -> None:
             with torch.no_grad():
                 weight.mul_(1.1)
             prompt.score(groups[0].completions)
+    elif name == "FSDP2 without reduction":
+        model = wrap(FSDP2, model)
+        model.set_requires_gradient_sync(False)
+        shared_prefix_backward(model, groups, loss_fn)
     elif name == "last layer not gathered in FSDP2":
         shared_prefix_prompt.is_sharded = lambda model: False
         shared_prefix_backward(wrap(FSDP2, model), groups, loss_fn, self_check=False)

@@ -190,6 +190,9 @@ def refusals(probe_model) -> dict[str, str | None]:
     [
         ("torch_compile", "NotImplementedError", "Set `torch_compile=False`"),
         ("top_entropy_quantile", "NotImplementedError", "Set `top_entropy_quantile=1.0`"),
+        ("lomo", "NotImplementedError", "Choose another `optim`"),
+        ("layerwise", "NotImplementedError", "Choose another `optim`"),
+        ("longest position", "NotImplementedError", "Keep all lengths on one side"),
         ("num_generations", "ValueError", "Raise gradient_accumulation_steps"),
         ("steps_per_generation", "ValueError", "divisible by the other"),
         ("vision-language", "NotImplementedError", "Pass a tokenizer and a text model"),

@@ -219,23 +219,31 @@ def flat_model(dtype):
     return model.to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bfloat16", "float16", "autocast"]
+)
 def test_self_check_catches_small_faults_in_half_precision(dtype, monkeypatch):
     """The faults are below 0.05 nats a token and 0.1 of the gradient."""
-    group = make_groups([(60, (30, 30))])[0]
-    figures = check_shared_prefix(flat_model(dtype), group)
+    group, model = make_groups([(60, (30, 30))])[0], flat_model(dtype)
+
+    def check(**options):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.float32):
+            return check_shared_prefix(model, group, **options)
+
+    figures = check()
+    assert figures["logp_tolerance"] < 0.05 and figures["grad_tolerance"] < 0.1
     with pytest.raises(SharedPrefixMismatch, match="grad_error exceeds"):
-        check_shared_prefix(flat_model(dtype), group, branch_forward=move_positions_by_one)
+        check(branch_forward=move_positions_by_one)
     close = SharedPrompt.__exit__
 
     def lose_gradient_of_a_layer(self, *args):
-        self._leaves[2].grad.zero_()
+        for leaf in self._leaves[2:4]:  # keys and values
+            leaf.grad.zero_()
         close(self, *args)
 
     monkeypatch.setattr(SharedPrompt, "__exit__", lose_gradient_of_a_layer)
     with pytest.raises(SharedPrefixMismatch, match="grad_error exceeds"):
-        check_shared_prefix(flat_model(dtype), group)
-    assert figures["logp_tolerance"] < 0.05 and figures["grad_tolerance"] < 0.1
+        check()
 
 
 def test_self_check_needs_layers_whose_input_it_can_round_in_half_precision(monkeypatch):

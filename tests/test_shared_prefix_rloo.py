@@ -226,6 +226,19 @@ def print_refusals(algorithm: str, folder: str) -> None:
         def _get_per_token_logps_and_entropies(self, *args, **kwargs):
             return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
+    def train_on_padding_beyond_the_switch():
+        """Groups of 8 and 10 tokens, padded to 14, and RoPE whose angles change at 12."""
+
+        def get_groups(trainer):
+            prompt_mask, completion_mask = torch.ones(4, 6).long(), torch.ones(4, 8).long()
+            prompt_mask[2:, :4], completion_mask[:2, 2:] = 0, 0
+            ids = torch.ones(4, 6).long(), torch.ones(4, 8).long()
+            trainer._get_prompt_groups(ids[0], prompt_mask, ids[1], completion_mask, torch.tensor([0, 0, 1, 1]))
+
+        rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+        model = AutoModelForCausalLM.from_pretrained(folder, rope_parameters=rope, max_position_embeddings=12)
+        train(model=model, change=get_groups)
+
     def replace_inputs(trainer):
         trainer._prepare_inputs = functools.partial(trainer._prepare_inputs)
 
@@ -301,6 +314,9 @@ def print_refusals(algorithm: str, folder: str) -> None:
         "none": train,
         "experts": functools.partial(train_experts, router_aux_loss_coef=0.0),
         "torch_compile": functools.partial(train, torch_compile=True),
+        "lomo": functools.partial(train, optim="lomo"),
+        "layerwise": functools.partial(train, optim="galore_adamw_layerwise"),
+        "longest position": train_on_padding_beyond_the_switch,
         "num_generations": functools.partial(train, per_device_train_batch_size=1, steps_per_generation=4),
         "steps_per_generation": functools.partial(train, gradient_accumulation_steps=3, steps_per_generation=2),
         "vision-language": functools.partial(train, processing_class=Processor(tokenizer)),
@@ -567,6 +583,9 @@ def refusals(probe_model) -> dict[str, str | None]:
     "case, error, way_out",
     [
         ("torch_compile", "NotImplementedError", "Set `torch_compile=False`"),
+        ("lomo", "NotImplementedError", "Choose another `optim`"),
+        ("layerwise", "NotImplementedError", "Choose another `optim`"),
+        ("longest position", "NotImplementedError", "Keep all lengths on one side"),
         ("num_generations", "ValueError", "Raise gradient_accumulation_steps"),
         ("steps_per_generation", "ValueError", "divisible by the other"),
         ("vision-language", "NotImplementedError", "Pass a tokenizer and a text model"),

@@ -23,7 +23,8 @@ NOTES = """
 - Times: whole optimizer steps of the two trainers in turn, each in a fresh process, without the meter
   (experiments/compare_time.py); how many times less time the shared prefix takes, over all pairs. Threads: of each
   process (all: those of the machine, 2 for the recorded runs). Token ratio:
-  k (P + R) / (P + k R), what computing every prompt token once can save at most where time goes by tokens.
+  k (P + R) / (P + k R), what computing every prompt token once can save at most where time goes by tokens; of the
+  ratio: how near the step comes.
 - `upstream@1` is TRL v1.16.0 with its LM head on the completions' rows, `-mb1` one row per micro-batch.
 """
 
@@ -98,14 +99,15 @@ def peaks_markdown(peaks: pd.DataFrame) -> str:
 
 def times_markdown(times: pd.DataFrame) -> str:
     header = ["workload", "tokens", "k", "checkpointing", "against", "pairs", "threads", "token ratio"]
-    header += ["step", "generation", "scoring", "training"]
+    header += ["step", "of the ratio", "generation", "scoring", "training"]
     rows = []
     for row in times.itertuples():
         span = f" ({row.step_min:.2f} to {row.step_max:.2f})" if row.pairs > 1 else ""
         cells = [row.workload, f"{row.prompt_tokens:,} + {row.completion_tokens:,}", str(row.k)]
         cells += ["on" if row.checkpointing else "off", row.peer, str(row.pairs)]
         cells += ["all" if pd.isna(row.threads) else f"{row.threads:.0f}", f"{row.token_ratio:.2f}"]
-        cells += [f"{row.step:.2f}{span}", *(f"{value:.2f}" for value in (row.generate, row.score, row.train))]
+        cells += [f"{row.step:.2f}{span}", f"{row.step / row.token_ratio:.0%}"]
+        cells += [f"{value:.2f}" for value in (row.generate, row.score, row.train)]
         rows.append(cells)
     return markdown_rows(header, rows)
 
