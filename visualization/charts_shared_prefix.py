@@ -17,7 +17,7 @@ PHASE_LOOKS = {
     "score": {"label": "scoring", "color": "#BBAA33", "linewidth": 1},
     "train": {"label": "training", "color": "#228833", "linewidth": 1},
 }
-PEERS = ("upstream@1", f"upstream@1{ONE_ROW}")  # in the order in which they are preferred
+PEERS = ("upstream@1", f"upstream@1{ONE_ROW}")
 
 
 def shared_prefix(peaks: pd.DataFrame, times: pd.DataFrame) -> Figure:
@@ -28,7 +28,7 @@ def shared_prefix(peaks: pd.DataFrame, times: pd.DataFrame) -> Figure:
         "57 million parameters. Above: live tensor bytes of one training forward and backward, weights and gradients "
         "included, the same LM head in all ways; dashed: gradient checkpointing. Below: time of TRL v1.16.0 with its "
         f"LM head on the completions over ours, whole optimizer steps in turn on {devices}; filled: all rows at once, "
-        "hollow: one row per micro-batch, because all do not fit; dashed: token ratio k (P + R) / (P + k R)."
+        "hollow: one row per micro-batch; dashed: token ratio k (P + R) / (P + k R)."
     )
     figure = style.headed_figure("What does it save to compute every prompt once?", [], 7.6, note=note)
     grid = figure.add_gridspec(2, len(names))
@@ -57,22 +57,23 @@ def peaks_panel(axes: Axes, peaks: pd.DataFrame) -> None:
 
 
 def times_panel(axes: Axes, times: pd.DataFrame) -> None:
-    """Times saved over k against the all-rows peer, or against the peer row by row where all rows do not fit."""
-    shown = times[times["peer"].isin(PEERS) & ~times["checkpointing"]].sort_values("peer").drop_duplicates("k")
-    shown = shown.sort_values("k")
+    """Times saved over k, a line for each peer: all rows at once as far as they were measured, and row by row."""
+    shown = times[times["peer"].isin(PEERS) & ~times["checkpointing"]].sort_values("k")
     if shown.empty:
         axes.set_axis_off()
         return
-    ks = [int(k) for k in shown["k"]]
-    axes.plot(ks, shown["token_ratio"], color=style.ALARM, linewidth=1.2, linestyle=(0, (4, 2)))
-    for phase, look in PHASE_LOOKS.items():
-        axes.plot(ks, shown[phase], zorder=5 if phase == "step" else 3, **look)
-    for row in shown.itertuples():
-        fill = "white" if row.peer.endswith(ONE_ROW) else PHASE_LOOKS["step"]["color"]
-        axes.plot(row.k, row.step, "o", color=PHASE_LOOKS["step"]["color"], markerfacecolor=fill, zorder=6)
-        style.value_label(axes, row.k, row.step, f"{row.step:.1f}", fontsize=7.5)
+    by_k = shown.drop_duplicates("k")
+    axes.plot(by_k["k"], by_k["token_ratio"], color=style.ALARM, linewidth=1.2, linestyle=(0, (4, 2)))
+    for peer, part in shown.groupby("peer"):
+        colour = PHASE_LOOKS["step"]["color"]
+        fill = "white" if peer.endswith(ONE_ROW) else colour
+        for phase, look in PHASE_LOOKS.items():
+            axes.plot(part["k"], part[phase], zorder=5 if phase == "step" else 3, **look)
+        axes.plot(part["k"], part["step"], "o", color=colour, markerfacecolor=fill, zorder=6)
+        for row in part.itertuples():
+            style.value_label(axes, row.k, row.step, f"{row.step:.1f}", fontsize=7.5)
     axes.axhline(1, color=style.MUTED, linewidth=0.8)
-    style.measured_ks(axes, ks)
+    style.measured_ks(axes, [int(k) for k in by_k["k"]])
     axes.set_ylim(0, None)
     axes.set_xlabel("k")
     axes.set_ylabel("times less time")
