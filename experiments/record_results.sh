@@ -8,7 +8,7 @@ case "${1:-}" in
 Usage: experiments/record_results.sh SET
 
 Makes every run behind the committed tables and charts and leaves the records in results/runs/SET; resumes where it
-stopped. Takes about 7 hours on 2 cores; the times need a machine that does nothing else. Draw them with
+stopped. Takes about 12 hours on 2 cores; the times need a machine that does nothing else. Draw them with
   ./visualize_results.sh --runs results/runs/SET --out results
 EOF
     [ -n "${1:-}" ] && exit 0 || exit 2 ;;
@@ -44,9 +44,17 @@ export OMP_NUM_THREADS=1
 step() { pairs "$1" shared-prefix --workload "$2" --k "$3" --pairs 1 --steps 1 "${@:4}"; }
 for workload in $layers; do
   for k in 2 4 8; do step upstream@1 $workload $k; done
-  for k in 2 8; do step upstream@1 $workload $k --gradient_checkpointing True; done
-  for k in 2 8; do step string-level $workload $k; done
+  for k in 2 4 8; do step upstream@1 $workload $k --gradient_checkpointing True; done
   for k in 8 16 32 64; do step upstream@1-mb1 $workload $k; done
-  for k in 16 64; do step upstream@1-mb1 $workload $k --gradient_checkpointing True; done
+  for k in 16 32 64; do step upstream@1-mb1 $workload $k --gradient_checkpointing True; done
+  for k in 2 4 8 16 32 64; do step string-level $workload $k; done
 done
+step upstream@1 layers_3072_53 8 --pairs 3
+for k in 2 4; do step upstream@1 layers_256_512 $k --pairs 3; done
 for k in 2 4 8; do pairs upstream@1 shared-prefix --workload published --k $k --pairs 3; done
+for workload in balanced long_response; do
+  for k in 2 8; do pairs upstream@1 shared-prefix --workload $workload --k $k --pairs 1; done
+done
+for workload in published balanced long_response; do
+  for k in 16 32 64; do pairs upstream@1-mb1 shared-prefix --workload $workload --k $k --pairs 1; done
+done

@@ -66,12 +66,12 @@ def times_panel(axes: Axes, times: pd.DataFrame) -> None:
     axes.plot(by_k["k"], by_k["token_ratio"], color=style.ALARM, linewidth=1.2, linestyle=(0, (4, 2)))
     for peer, part in shown.groupby("peer"):
         colour = PHASE_LOOKS["step"]["color"]
-        fill = "white" if peer.endswith(ONE_ROW) else colour
+        fill, side = ("white", "top") if peer.endswith(ONE_ROW) else (colour, "bottom")
         for phase, look in PHASE_LOOKS.items():
             axes.plot(part["k"], part[phase], zorder=5 if phase == "step" else 3, **look)
         axes.plot(part["k"], part["step"], "o", color=colour, markerfacecolor=fill, zorder=6)
         for row in part.itertuples():
-            style.value_label(axes, row.k, row.step, f"{row.step:.1f}", fontsize=7.5)
+            style.value_label(axes, row.k, row.step, f"{row.step:.1f}", fontsize=7.5, va=side)
     axes.axhline(1, color=style.MUTED, linewidth=0.8)
     style.measured_ks(axes, [int(k) for k in by_k["k"]])
     axes.set_ylim(0, None)
