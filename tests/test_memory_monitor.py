@@ -414,7 +414,13 @@ def test_what_a_finished_command_leaves_running_is_ended_and_noted(monitored, tm
 def start_cli(tmp_path, *command):
     paths = ["--record", str(tmp_path / "run.json"), "--timeline", str(tmp_path / "run.timeline.csv")]
     env = os.environ | {"TMPDIR": str(tmp_path)}
-    return subprocess.Popen([*CLI, *paths, "--", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+    return subprocess.Popen(
+        [*CLI, *paths, "--", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=env,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it in the background
+    )
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
