@@ -54,6 +54,10 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
 def without_wrapper(model: nn.Module, *, gradients: bool = True) -> nn.Module:
     """The module on which prompt and branches run: that inside DDP or DeepSpeed, else the model itself.
 
@@ -77,7 +81,7 @@ def _why_no_forward(model: nn.Module) -> list[str]:
         )
     if any(issubclass(kind, DistributedDataParallel) for kind in inside):
         reasons.append("A module inside the model is wrapped in DDP. Wrap the whole model, outermost.")
-    if any(issubclass(kind, FSDPModule) for kind in inside) and not is_sharded(model):
+    if _sharded_modules(model) and not is_sharded(model):
         reasons.append("Modules inside are sharded by FSDP2, the model is not. Call `fully_shard(model)` on it too.")
     if not is_sharded(model) and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         reasons.append("Parameters are distributed otherwise than by FSDP2 (tensor parallel?). Use FSDP2 or DDP.")
@@ -120,8 +124,7 @@ def _why_no_reduction(model: nn.Module) -> list[str]:
 
 
 def _every_backward_reduces(model: nn.Module) -> bool:
-    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    groups = [group for module in sharded for group in module._get_fsdp_state()._fsdp_param_groups]
+    groups = [group for module in _sharded_modules(model) for group in module._get_fsdp_state()._fsdp_param_groups]
     return all(group.reduce_grads and group.all_reduce_grads for group in groups)
 
 
@@ -243,9 +246,8 @@ def _average(parameters: Sequence[nn.Parameter], group) -> None:
 
 def reshard(model: nn.Module) -> None:
     """Puts FSDP2's parameters, to which `.grad` and the optimizer belong, in the place of gathered ones."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for module in _sharded_modules(model):
+        module.reshard()
 
 
 def agree_on_micro_batches(model: nn.Module, counts: Sequence[int], has_prefix: Sequence[bool], device) -> list[int]:

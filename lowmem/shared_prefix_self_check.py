@@ -109,12 +109,7 @@ def check_shared_prefix(
                 logp_tolerance, grad_tolerance = TOLERANCES[eps]
             else:
                 num_tokens = least_of_ranks(model, sum(len(ids) for ids in completions), device)
-                logp_tolerance, grad_tolerance = ROUTED_TOLERANCE if _has_experts(model) else (0.0, 0.0)
-                for seed in range(math.ceil(ROUNDED_TOKENS / num_tokens)):
-                    with _layers_rounded_otherwise(model, eps, seed):
-                        rounding, _ = _differences(_with_gradients(model, plain), reference)
-                    logp_tolerance = max(logp_tolerance, TOLERANCE_IN_ROUNDINGS * rounding["logp_error_mean"])
-                    grad_tolerance = max(grad_tolerance, TOLERANCE_IN_ROUNDINGS * rounding["grad_error"])
+                logp_tolerance, grad_tolerance = _measured_tolerances(model, plain, reference, eps, num_tokens)
     finally:
         reshard(model)
         for name, parameter in model.named_parameters():
@@ -131,6 +126,17 @@ def check_shared_prefix(
             "the shared prefix off for this model, and report the model's configuration."
         )
     return figures
+
+
+def _measured_tolerances(model: nn.Module, plain, reference, eps: float, num_tokens: int) -> tuple[float, float]:
+    """Accepted errors (mean log-probability, gradient): what rounding does to `reference`, several times over."""
+    logp_tolerance, grad_tolerance = ROUTED_TOLERANCE if _has_experts(model) else (0.0, 0.0)
+    for seed in range(math.ceil(ROUNDED_TOKENS / num_tokens)):
+        with _layers_rounded_otherwise(model, eps, seed):
+            rounding, _ = _differences(_with_gradients(model, plain), reference)
+        logp_tolerance = max(logp_tolerance, TOLERANCE_IN_ROUNDINGS * rounding["logp_error_mean"])
+        grad_tolerance = max(grad_tolerance, TOLERANCE_IN_ROUNDINGS * rounding["grad_error"])
+    return logp_tolerance, grad_tolerance
 
 
 def _coarsest_eps(model: nn.Module, dtype: torch.dtype, device: torch.device) -> float:

@@ -18,10 +18,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 from lowmem import shared_prefix_prompt, shared_prefix_self_check
-from lowmem.shared_prefix import (
-    shared_prefix_backward,
-    shared_prefix_scores,
-)
+from lowmem.shared_prefix import shared_prefix_backward, shared_prefix_scores
 from lowmem.shared_prefix_checks import why_not_exact
 from lowmem.shared_prefix_prompt import SharedPrompt, score_logits
 from lowmem.shared_prefix_self_check import SharedPrefixMismatch, check_shared_prefix
@@ -246,7 +243,7 @@ def test_self_check_catches_small_faults_in_half_precision(dtype, monkeypatch):
         check()
 
 
-def test_self_check_needs_layers_whose_input_it_can_round_in_half_precision(monkeypatch):
+def test_self_check_needs_layers_whose_output_it_can_round_in_half_precision(monkeypatch):
     monkeypatch.setattr(shared_prefix_self_check, "GradientCheckpointingLayer", torch.nn.Conv3d)  # there is none
     check_shared_prefix(qwen3(), make_groups()[0])
     with pytest.raises(NotImplementedError, match="in float32"):
