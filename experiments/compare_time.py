@@ -7,7 +7,8 @@ run_matrix.py changes for its meters, and without the shared prefix's self-check
 figure is the median of its steps after the first, or its only step with `--steps 1` (for steps of minutes, beside
 which a warm-up is nothing). Quote the ratio, not the seconds. The pairs go to `<runs>/time_pairs.json`, one entry per
 comparison, as soon as they are measured; pairs that were made with the same settings, trees and library are not
-measured again.
+measured again. `completion_tokens` of an entry are those of both variants: v0.20.0 samples every completion to its
+full length, v1.16.0 ends it at an end-of-sequence token.
 """
 
 import argparse
@@ -94,6 +95,7 @@ def main(argv: list[str] | None = None) -> int:
                 "tokens_per_row": [
                     max(records[-1]["tokens"][f"{part}_tokens_per_row"]) for part in ("prompt", "completion")
                 ],
+                "completion_tokens": [sum(record["tokens"]["completion_tokens_per_row"]) for record in records],
                 "env": records[-1]["env"],
                 "measured_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             }

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 from config import GIB, ExperimentConfig
+from memory_samples import status_kib
 
 if TYPE_CHECKING:  # imported where it is used: a run's record lists the library files that the run imported
     from lowmem.memory_strategy import MemoryChoice, MemorySettings
@@ -83,9 +85,7 @@ def tensor_budget(config: ExperimentConfig) -> int | None:
     budget = int(config.budget_gib * GIB)
     if torch.cuda.is_available():
         return largest_peak(budget, CUDA)
-    with open("/proc/self/status") as status:
-        resident = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS"))
-    return largest_peak(budget - resident, CPU)
+    return largest_peak(budget - status_kib("VmRSS") * 1024, CPU)
 
 
 def planned_peak(config: ExperimentConfig) -> "Callable[[MemorySettings], int]":
@@ -143,17 +143,23 @@ def rloo_arguments(config: ExperimentConfig, choice: "MemoryChoice | None") -> d
     return arguments
 
 
+_flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
 class ProductFlops(TorchDispatchMode):
-    """Floating-point operations of matrix products, and calls of attention operators: what recomputation adds to.
+    """Floating-point operations of matrix products and of attention, and calls of attention operators.
 
     Attributes:
         flops: 2 m k n for every product (m, k) x (k, n).
+        attention_flops: of the CPU's flash kernels, which contain no such products, forward and backward; half where
+            attention is causal, because they skip the keys after a query (not those that a mask hides).
         attention_calls: forward calls of a whole attention.
     """
 
     def __init__(self):
         super().__init__()
-        self.flops = self.attention_calls = 0
+        self.flops = self.attention_flops = self.attention_calls = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -163,6 +169,12 @@ class ProductFlops(TorchDispatchMode):
             self.flops += 2 * out.numel() * args[1].shape[-1]
         elif "scaled_dot_product" in str(func) and "backward" not in str(func):
             self.attention_calls += 1
+        if func in (_flash_cpu, _flash_cpu_backward):
+            backward = func is _flash_cpu_backward
+            shapes = [tensor.shape for tensor in args[: 4 if backward else 3]]
+            is_causal = args[7] if backward else len(args) > 4 and args[4]
+            count = (sdpa_backward_flop_count if backward else sdpa_flop_count)(*shapes)
+            self.attention_flops += count // 2 if is_causal else count
         return out
 
 

@@ -45,6 +45,12 @@ def read_proc(pid, name):
         return b""
 
 
+def status_kib(field: str) -> int:
+    """A field of this process's /proc/self/status such as VmRSS, in KiB."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(field + ":"))
+
+
 def read_stat(pid):
     """[state, ppid, group, session, tty, tty group, flags, ...] of a process, or None if it has gone."""
     text = read_proc(pid, "stat")

@@ -55,6 +55,11 @@ for k in 2 4 8; do pairs upstream@1 shared-prefix --workload published --k $k --
 for workload in balanced long_response; do
   for k in 2 8; do pairs upstream@1 shared-prefix --workload $workload --k $k --pairs 1; done
 done
-for workload in published balanced long_response; do
-  for k in 16 32 64; do pairs upstream@1-mb1 shared-prefix --workload $workload --k $k --pairs 1; done
+for k in 8 16 32 64; do step upstream@1-mb1 published $k; done
+for k in 2 8; do step upstream@1 published $k --gradient_checkpointing True; done
+step upstream@1-mb1 published 64 --gradient_checkpointing True
+for k in 2 8 16 32 64; do step string-level published $k; done
+for workload in balanced long_response; do
+  for k in 16 32 64; do step upstream@1-mb1 $workload $k; done
+  step upstream@1 $workload 8 --gradient_checkpointing True
 done

@@ -27,7 +27,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import variants  # noqa: E402  (the tree has to be chosen before anything imports TRL)
 from config import GIB, ExperimentConfig  # noqa: E402
-from memory_samples import write_atomically  # noqa: E402
+from memory_samples import status_kib, write_atomically  # noqa: E402
 from run_outcome import EXIT_CODES, OUT_OF_MEMORY, SUMMARY_KEYS  # noqa: E402
 
 
@@ -141,12 +141,6 @@ def driver_version() -> str | None:
         return str(pynvml.nvmlSystemGetDriverVersion())
     except pynvml.NVMLError:
         return None
-
-
-def status_kib(field: str) -> int:
-    """A field of /proc/self/status such as VmRSS, in KiB."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith(field + ":"))
 
 
 def write_record(path: Path, record: dict) -> None:

@@ -17,8 +17,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from train import environment, lift_budget, limit_memory, status_kib, write_record  # noqa: E402
+from train import environment, lift_budget, limit_memory, write_record  # noqa: E402
 
+from memory_samples import status_kib  # noqa: E402
 from mtp_config import MtpConfig, library_sha256, parse_config  # noqa: E402
 from run_outcome import EXIT_CODES, OUT_OF_MEMORY, SUMMARY_KEYS  # noqa: E402
 

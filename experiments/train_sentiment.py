@@ -22,9 +22,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from train import environment, status_kib, write_record  # noqa: E402
+from train import environment, write_record  # noqa: E402
 
 import variants  # noqa: E402  (the tree has to be chosen before anything imports TRL)
+from memory_samples import status_kib, write_atomically  # noqa: E402
 from run_outcome import EXIT_CODES, OUT_OF_MEMORY, SUMMARY_KEYS  # noqa: E402
 from sentiment.config import TREES, SentimentConfig  # noqa: E402
 
@@ -245,7 +246,6 @@ def show_samples(when: str, judged: dict) -> None:
 
 def save_model(config: SentimentConfig, policy, tokenizer, source: str, base_sha256: str) -> None:
     """The adapter, or with `save_merged` the whole model, as safetensors with the tokenizer."""
-    from memory_samples import write_atomically
     from sentiment.models import FINGERPRINT
 
     out = Path(config.output_dir)

@@ -1,11 +1,12 @@
-"""Peak live bytes of one training forward and backward over k, with and without the shared prefix, in seconds.
+"""Peak live bytes and work of one training forward and backward over k, with and without the shared prefix, counted.
 
     python experiments/training_peaks.py --workloads layers_3072_53 --k 2 4 8 16 32 64 --out results/training_peaks.csv
 
 What would take hours and a hundred gigabytes runs on fake tensors, which have shapes and no data, under the same meter
 as real ones; `--real` runs on data (a test compares both). Three ways, with the same LM head on the completions' rows:
 `all rows` runs k copies of the prompt at once, `row by row` accumulates them one at a time, `shared` keeps one prompt
-and its completions one at a time. Weights and gradients are counted apart, because they are there in every way.
+and its completions one at a time. Weights and gradients are counted apart, because they are there in every way. The
+work is that of matrix products and attention kernels: the LM head of the completions, which no way shares, included.
 """
 
 import argparse
@@ -34,13 +35,14 @@ from lowmem.live_bytes import LiveBytes  # noqa: E402
 from lowmem.logprobs import add_logprob_head  # noqa: E402
 from lowmem.shared_prefix import PromptGroup, shared_prefix_backward  # noqa: E402
 from lowmem.shared_prefix_prompt import score_chunks  # noqa: E402
+from memory import ProductFlops  # noqa: E402
 from memory_samples import write_atomically  # noqa: E402
 
 CHUNK_TOKENS = 32  # whose logits the LM head makes at once, in every way
 WAYS = ("all rows", "row by row", "shared")
 COLUMNS = (
     *("workload", "prompt_tokens", "completion_tokens", "k", "gradient_checkpointing", "way"),
-    *("peak_live_bytes", "weight_and_gradient_bytes", "prompt_copies_over_shared_tokens"),
+    *("peak_live_bytes", "weight_and_gradient_bytes", "prompt_copies_over_shared_tokens", "flops"),
 )
 
 
@@ -87,19 +89,19 @@ def step(model: nn.Module, config: ExperimentConfig, k: int, way: str) -> None:
         (-(out.logps.sum(-1) * advantages[part]).sum() / k).backward()
 
 
-def peak_live_bytes(config: ExperimentConfig, k: int, way: str, real: bool) -> tuple[int, int]:
-    """`(peak, weights and gradients)` of one step, in bytes; the peak contains the weights and gradients."""
+def peak_and_work(config: ExperimentConfig, k: int, way: str, real: bool) -> tuple[int, int, int]:
+    """`(peak, weights and gradients, work)` of one step: bytes, the peak with both, and floating-point operations."""
     fake_mode = None if real else FakeTensorMode()
     model = build_model(config, fake_mode)
-    meter = LiveBytes()
+    meter, products = LiveBytes(), ProductFlops()
     # Fake ids have no values, so transformers could not see that no row is packed, and would mask every layer.
     not_packed = mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda *args: None)
     with fake_mode or nullcontext(), not_packed if fake_mode else nullcontext():
         meter.track([*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())])
         standing = meter.live_bytes
-        with meter:
+        with meter, products:
             step(model, config, k, way)
-    return meter.peak_bytes, standing
+    return meter.peak_bytes, standing, products.flops + products.attention_flops
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -122,12 +124,11 @@ def main(argv: list[str] | None = None) -> int:
                     tokens = config.prompt_tokens + config.response_tokens
                     ratio = k * tokens / (config.prompt_tokens + k * config.response_tokens)
                     for way in args.ways:
-                        peak, standing = peak_live_bytes(config, k, way, args.real)
+                        peak, standing, flops = peak_and_work(config, k, way, args.real)
                         shape = (workload, config.prompt_tokens, config.response_tokens)
-                        rows.append((*shape, k, checkpointing, way, peak, standing, f"{ratio:.3f}"))
-                        print(
-                            f"{workload} k={k} checkpointing={checkpointing} {way}: {peak / 2**30:.3f} GiB", flush=True
-                        )
+                        rows.append((*shape, k, checkpointing, way, peak, standing, f"{ratio:.3f}", flops))
+                        figures = f"{peak / 2**30:.3f} GiB, {flops:.3g} operations"
+                        print(f"{workload} k={k} checkpointing={checkpointing} {way}: {figures}", flush=True)
     except ValueError as error:
         print(f"training_peaks.py: {error}", file=sys.stderr)
         return 1

@@ -31,7 +31,7 @@ sys.path[:0] = [str(HERE), str(ROOT)]
 
 from run_matrix import MALLOC  # noqa: E402
 
-from memory_samples import write_atomically  # noqa: E402
+from memory_samples import status_kib, write_atomically  # noqa: E402
 
 RESULTS = ROOT / "results" / "planner"
 RECORDED = ROOT / "results" / "runs" / "cpu-2core"
@@ -202,7 +202,7 @@ def measure_step(settings: dict, budget_bytes: int | None) -> dict:
     import resource
 
     import torch
-    from train import lift_budget, status_kib
+    from train import lift_budget
 
     from lowmem.plan_config import PlanConfig
     from lowmem.plan_step import execute, model_config

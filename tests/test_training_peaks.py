@@ -5,18 +5,25 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
 
 import training_peaks  # noqa: E402
 
 from config import ExperimentConfig  # noqa: E402
+from memory import ProductFlops  # noqa: E402
 
 SMALL = {"vocab_size": 8192, "hidden_size": 32, "intermediate_size": 64, "prompt_tokens": 96, "response_tokens": 24}
 
 
 def peak(k: int, way: str, real: bool = False, **settings) -> int:
-    return training_peaks.peak_live_bytes(ExperimentConfig(**SMALL, **settings), k, way, real)[0]
+    return training_peaks.peak_and_work(ExperimentConfig(**SMALL, **settings), k, way, real)[0]
+
+
+def work(k: int, way: str, real: bool = False, **settings) -> int:
+    return training_peaks.peak_and_work(ExperimentConfig(**SMALL, **settings), k, way, real)[2]
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True], ids=["", "checkpointing"])
@@ -34,12 +41,44 @@ def test_only_k_copies_at_once_grow_with_k(gradient_checkpointing):
     assert growth["all rows"] > 1.1
 
 
+def test_fake_tensors_do_the_work_of_real_ones():
+    for way in training_peaks.WAYS:
+        assert work(3, way) == work(3, way, real=True)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True], ids=["", "checkpointing"])
+def test_work_of_the_prompt_is_done_once(gradient_checkpointing):
+    settings = {"gradient_checkpointing": gradient_checkpointing}
+    row = work(1, "row by row", **settings)
+    assert work(4, "row by row", **settings) == work(4, "all rows", **settings) == 4 * row
+    two, four, eight = (work(k, "shared", **settings) for k in (2, 4, 8))
+    branch = (four - two) // 2
+    prompt = two - 2 * branch
+    assert eight == prompt + 8 * branch
+    assert (
+        0.8 * row < prompt + branch < row
+    )  # in the last of two layers the prompt's backward is that of its keys only
+
+
+def test_causal_attention_is_half_of_the_work():
+    query, key, value = (torch.randn(1, 2, 64, 8, requires_grad=True) for _ in range(3))
+    counts = []
+    for is_causal in (False, True):
+        with ProductFlops() as products:
+            F.scaled_dot_product_attention(query, key, value, is_causal=is_causal).sum().backward()
+        counts.append(products.attention_flops)
+    product = 2 * 2 * 64 * 64 * 8
+    assert counts == [7 * product, 7 * product // 2]  # two products forward, five backward
+    assert products.flops == 0
+
+
 def test_writes_one_row_per_setting(tmp_path):
     out = tmp_path / "new" / "peaks.csv"
     assert training_peaks.main(["--workloads", "cpu", "--k", "2", "--ways", "shared", "--out", str(out)]) == 0
     rows = list(csv.DictReader(out.open()))
     assert [row["gradient_checkpointing"] for row in rows] == ["False", "True"]
     assert rows[0]["prompt_tokens"] == "512" and int(rows[0]["peak_live_bytes"]) > 0
+    assert int(rows[1]["flops"]) > int(rows[0]["flops"]) > 0
     assert float(rows[0]["prompt_copies_over_shared_tokens"]) == pytest.approx(2 * 565 / (512 + 106), abs=1e-3)
 
 

@@ -309,11 +309,13 @@ def test_shared_prefix_table_has_the_ratios_of_the_pairs(full_set, tmp_path):
     assert (row["k"], row["pairs"], row["checkpointing"]) == (8, 2, False)
     assert row["step"] == pytest.approx(1 / 0.15) and row["generate"] == pytest.approx(5) and row["train"] == 10
     assert row["token_ratio"] == pytest.approx(8 * 3125 / (3072 + 8 * 53))
+    assert row["work_ratio"] == pytest.approx(8800 / 1800)
     write_shared_prefix_table(peaks, times, tmp_path)
     text = (tmp_path / "shared_prefix.md").read_text()
     assert "| layers_3072_53 | 3,072 + 53 | off | all rows | 2.00 | 8.00 | 4.000 |" in text
     assert "| layers_3072_53 | 3,072 + 53 | off | shared | 1.50 | 1.50 | 1.000 |" in text
-    assert "6.67 (5.00 to 10.00)" in text
+    assert "| upstream@1 (1.06 x tokens) |" in text
+    assert "6.67 (5.00 to 10.00)" in text and "| 5.00 | 8.00 | 10.00 | 4.89 |" in text
 
 
 def test_an_expected_run_that_is_missing_is_an_error_with_its_name_and_command(tmp_path, capsys):

@@ -17,6 +17,7 @@ PHASE_LOOKS = {
     "score": {"label": "scoring", "color": "#BBAA33", "linewidth": 1},
     "train": {"label": "training", "color": "#228833", "linewidth": 1},
 }
+WORK_COLOUR = PHASE_LOOKS["train"]["color"]
 PEERS = ("upstream@1", f"upstream@1{ONE_ROW}")
 
 
@@ -28,7 +29,8 @@ def shared_prefix(peaks: pd.DataFrame, times: pd.DataFrame) -> Figure:
         "57 million parameters. Above: live tensor bytes of one training forward and backward, weights and gradients "
         "included, the same LM head in all ways; dashed: gradient checkpointing. Below: time of TRL v1.16.0 with its "
         f"LM head on the completions over ours, whole optimizer steps in turn on {devices}; filled: all rows at once, "
-        "hollow: one row per micro-batch; dashed: token ratio k (P + R) / (P + k R)."
+        "hollow: one row per micro-batch; dashed: token ratio k (P + R) / (P + k R); dotted: ratio of the "
+        "training's floating-point operations."
     )
     figure = style.headed_figure("What does it save to compute every prompt once?", [], 7.6, note=note)
     grid = figure.add_gridspec(2, len(names))
@@ -38,6 +40,7 @@ def shared_prefix(peaks: pd.DataFrame, times: pd.DataFrame) -> Figure:
     handles = [Line2D([], [], color=c, marker=WAY_MARKERS[w], label=w, linewidth=2) for w, c in WAY_COLOURS.items()]
     handles += [Line2D([], [], **look) for look in PHASE_LOOKS.values()]
     handles.append(Line2D([], [], color=style.ALARM, linestyle=(0, (4, 2)), label="token ratio"))
+    handles.append(Line2D([], [], color=WORK_COLOUR, linestyle=(0, (1, 2)), label="training: operations"))
     figure.legend(handles=handles, loc="outside lower center", ncols=4)
     return figure
 
@@ -64,6 +67,7 @@ def times_panel(axes: Axes, times: pd.DataFrame) -> None:
         return
     by_k = shown.drop_duplicates("k")
     axes.plot(by_k["k"], by_k["token_ratio"], color=style.ALARM, linewidth=1.2, linestyle=(0, (4, 2)))
+    axes.plot(by_k["k"], by_k["work_ratio"], color=WORK_COLOUR, linewidth=1.2, linestyle=(0, (1, 2)))
     for peer, part in shown.groupby("peer"):
         colour = PHASE_LOOKS["step"]["color"]
         fill, side = ("white", "top") if peer.endswith(ONE_ROW) else (colour, "bottom")

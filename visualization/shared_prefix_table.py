@@ -5,6 +5,7 @@ shared-prefix in `time_pairs.json` (experiments/compare_time.py).
 """
 
 import json
+import math
 import statistics
 from pathlib import Path
 
@@ -24,8 +25,13 @@ NOTES = """
   (experiments/compare_time.py); how many times less time the shared prefix takes, over all pairs. Threads: of each
   process (all: those of the machine, 2 for the recorded runs). Token ratio:
   k (P + R) / (P + k R), what computing every prompt token once can save at most where time goes by tokens; of the
-  ratio: how near the step comes.
-- `upstream@1` is TRL v1.16.0 with its LM head on the completions' rows, `-mb1` one row per micro-batch.
+  ratio: how near the step comes. Work ratio: floating-point operations of the rows' training over those of the shared
+  prefix's, counted with the peaks, the limit of the training's gain where time goes by operations. Every completion
+  meets the whole prompt in attention and has an LM head of its own, so it is below the token ratio.
+- `upstream@1` is TRL v1.16.0 with its LM head on the completions' rows, `-mb1` one row per micro-batch: the same
+  tokens as ours. `string-level` (v0.20.0) samples every completion to its full length, where v1.16.0 ends it at an
+  end-of-sequence token; where that made a difference, its completions' tokens over ours stand behind the name. They
+  are scored and trained, so part of the gain is theirs.
 """
 
 
@@ -40,14 +46,23 @@ def token_ratio(prompt_tokens: int, completion_tokens: int, k: int) -> float:
     return k * (prompt_tokens + completion_tokens) / (prompt_tokens + k * completion_tokens)
 
 
+def work_ratios(peaks: pd.DataFrame) -> dict[tuple[str, int, bool], float]:
+    """Operations of k rows over those of the shared prefix in training, by (workload, k, checkpointing)."""
+    by_way = peaks.pivot_table(values="flops", index=["workload", "k", "gradient_checkpointing"], columns="way")
+    return (by_way["row by row"] / by_way["shared"]).to_dict()
+
+
 def read_time_ratios(runs_dir: Path) -> pd.DataFrame:
     """One row per comparison with the shared prefix: how many times less time, whole step and by phase.
 
-    Columns: workload, peer, k, checkpointing, prompt_tokens, completion_tokens, token_ratio, pairs, threads, device,
-    step, step_min, step_max, generate, score, train. Empty where there are none.
+    Columns: workload, peer, k, checkpointing, prompt_tokens, completion_tokens, tokens_of_peer (its completions' over
+    ours; NaN where not recorded), token_ratio, work_ratio (of the training; NaN without its training peak), pairs,
+    threads, device, step, step_min, step_max, generate, score, train. Empty where there are none.
     """
     path = runs_dir / "time_pairs.json"
     entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    peaks = read_training_peaks(runs_dir)
+    works = {} if peaks.empty else work_ratios(peaks)
     rows = []
     for key, entry in entries.items():
         workload, comparison, *options = key.split("/")
@@ -56,6 +71,8 @@ def read_time_ratios(runs_dir: Path) -> pd.DataFrame:
         if ours != VARIANT:
             continue
         prompt_tokens, completion_tokens = entry["tokens_per_row"]
+        checkpointing = "gradient_checkpointing" in options
+        sampled = entry.get("completion_tokens", (math.nan, math.nan))
         phases = {}
         for name, parts in (("generate", ("generate",)), ("score", ("score",)), ("train", TRAIN_PHASES)):
             sums = [[sum(run[part] for part in parts) for run in pair] for pair in entry["phase_pairs_s"]]
@@ -65,10 +82,12 @@ def read_time_ratios(runs_dir: Path) -> pd.DataFrame:
                 "workload": workload,
                 "peer": peer,
                 "k": int(k),
-                "checkpointing": "gradient_checkpointing" in options,
+                "checkpointing": checkpointing,
                 "prompt_tokens": prompt_tokens,
                 "completion_tokens": completion_tokens,
+                "tokens_of_peer": sampled[0] / sampled[1],
                 "token_ratio": token_ratio(prompt_tokens, completion_tokens, int(k)),
+                "work_ratio": works.get((workload, int(k), checkpointing), math.nan),
                 "pairs": len(entry["pairs_s"]),
                 "threads": entry["env"].get("num_threads"),
                 "device": entry["env"]["device"],
@@ -99,15 +118,17 @@ def peaks_markdown(peaks: pd.DataFrame) -> str:
 
 def times_markdown(times: pd.DataFrame) -> str:
     header = ["workload", "tokens", "k", "checkpointing", "against", "pairs", "threads", "token ratio"]
-    header += ["step", "of the ratio", "generation", "scoring", "training"]
+    header += ["step", "of the ratio", "generation", "scoring", "training", "work ratio"]
     rows = []
     for row in times.itertuples():
         span = f" ({row.step_min:.2f} to {row.step_max:.2f})" if row.pairs > 1 else ""
         cells = [row.workload, f"{row.prompt_tokens:,} + {row.completion_tokens:,}", str(row.k)]
-        cells += ["on" if row.checkpointing else "off", row.peer, str(row.pairs)]
+        longer = f" ({row.tokens_of_peer:.2f} x tokens)" if row.tokens_of_peer > 1 else ""
+        cells += ["on" if row.checkpointing else "off", row.peer + longer, str(row.pairs)]
         cells += ["all" if pd.isna(row.threads) else f"{row.threads:.0f}", f"{row.token_ratio:.2f}"]
         cells += [f"{row.step:.2f}{span}", f"{row.step / row.token_ratio:.0%}"]
         cells += [f"{value:.2f}" for value in (row.generate, row.score, row.train)]
+        cells += ["–" if math.isnan(row.work_ratio) else f"{row.work_ratio:.2f}"]
         rows.append(cells)
     return markdown_rows(header, rows)
 
