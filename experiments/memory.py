@@ -165,7 +165,7 @@ class ProductFlops(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
             self.flops += 2 * out.numel() * args[0].shape[-1]
-        elif func is torch.ops.aten.addmm.default:
+        elif func in (torch.ops.aten.addmm.default, torch.ops.aten.addmm_.default):
             self.flops += 2 * out.numel() * args[1].shape[-1]
         elif "scaled_dot_product" in str(func) and "backward" not in str(func):
             self.attention_calls += 1

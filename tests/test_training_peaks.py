@@ -72,6 +72,12 @@ def test_causal_attention_is_half_of_the_work():
     assert products.flops == 0
 
 
+def test_products_in_place_count_too():
+    with ProductFlops() as products:
+        torch.zeros(3, 5).addmm_(torch.ones(3, 4), torch.ones(4, 5))
+    assert products.flops == 2 * 3 * 4 * 5
+
+
 def test_writes_one_row_per_setting(tmp_path):
     out = tmp_path / "new" / "peaks.csv"
     assert training_peaks.main(["--workloads", "cpu", "--k", "2", "--ways", "shared", "--out", str(out)]) == 0

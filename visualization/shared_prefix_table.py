@@ -26,8 +26,9 @@ NOTES = """
   process (all: those of the machine, 2 for the recorded runs). Token ratio:
   k (P + R) / (P + k R), what computing every prompt token once can save at most where time goes by tokens; of the
   ratio: how near the step comes. Work ratio: floating-point operations of the rows' training over those of the shared
-  prefix's, counted with the peaks, the limit of the training's gain where time goes by operations. Every completion
-  meets the whole prompt in attention and has an LM head of its own, so it is below the token ratio.
+  prefix's, counted with the peaks, the limit of the training's gain where time goes by operations. A completion has an
+  LM head of its own and meets the whole prompt in attention, where a CPU's kernel skips what is causal and not what a
+  mask hides. (Above the token ratio: in the last layer the prompt's backward is that of its keys and values only.)
 - `upstream@1` is TRL v1.16.0 with its LM head on the completions' rows, `-mb1` one row per micro-batch: the same
   tokens as ours. `string-level` (v0.20.0) samples every completion to its full length, where v1.16.0 ends it at an
   end-of-sequence token; where that made a difference, its completions' tokens over ours stand behind the name. They
@@ -62,7 +63,7 @@ def read_time_ratios(runs_dir: Path) -> pd.DataFrame:
     path = runs_dir / "time_pairs.json"
     entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     peaks = read_training_peaks(runs_dir)
-    works = {} if peaks.empty else work_ratios(peaks)
+    works = work_ratios(peaks) if "flops" in peaks else {}
     rows = []
     for key, entry in entries.items():
         workload, comparison, *options = key.split("/")
