@@ -106,9 +106,12 @@ def read_log(text: str) -> list[Finding]:
 
 
 def _lost_worker(lines: list[str]) -> int | None:
-    """A connection that ended inside the data loader: the worker died while its batch was being handed over."""
+    """A connection that ended inside the data loader: the worker died while its batch was being handed over.
+
+    Its death may also interrupt the printing of that traceback, of which Python then shows the exception's repr.
+    """
     for number, line in enumerate(lines):
-        if re.match(r"(ConnectionResetError|ConnectionRefusedError|EOFError)\b", line.strip()):
+        if re.match(r"(?:object repr\s*: )?(ConnectionResetError|ConnectionRefusedError|EOFError)\b", line.strip()):
             if any("utils/data/dataloader.py" in earlier for earlier in lines[max(0, number - 80) : number]):
                 return number
     return None

@@ -57,6 +57,15 @@ def test_a_killed_worker_is_the_cause_and_the_broken_pipe_comes_last():
     assert [finding.kind for finding in found] == ["data loader worker killed", "broken pipe"]
 
 
+def test_a_worker_that_died_while_its_batch_was_handed_over():
+    traceback = '  File "torch/utils/data/dataloader.py", line 725, in __next__\n'
+    error = "ConnectionResetError: [Errno 104] Connection reset by peer"
+    cut_off = "object repr     : ConnectionResetError(104, 'Connection reset by peer')\nlost sys.stderr"
+    for end in (error, cut_off):
+        assert [finding.kind for finding in read_log(traceback + end)] == ["data loader worker killed"]
+        assert read_log(end) == []  # a connection of something else
+
+
 def test_ordinary_logs_hold_no_failure():
     text = (
         "{'loss': 0.5, 'oom_score': 1}\nsaving to memory bank\n100%|###| 3/3 [00:03<00:00, 1.0s/it]\nNCCL version 2.27"
