@@ -6,8 +6,8 @@ Every measurement is a fresh process without the live-bytes meter, with the C al
 run_matrix.py changes for its meters, and without the shared prefix's self-check, which a training pays once. Its
 figure is the median of its steps after the first, or its only step with `--steps 1` (for steps of minutes, beside
 which a warm-up is nothing). Quote the ratio, not the seconds. The pairs go to `<runs>/time_pairs.json`, one entry per
-comparison, as soon as they are measured; pairs that were made with the same settings, trees and library are not
-measured again. `completion_tokens` of an entry are those of both variants: v0.20.0 samples every completion to its
+comparison and machine, as soon as they are measured; pairs that were made with the same settings, threads, trees and
+library are not measured again. `completion_tokens` of an entry are those of both variants: v0.20.0 samples every completion to its
 full length, v1.16.0 ends it at an end-of-sequence token.
 """
 
@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from run_matrix import default_workload, workload_path  # noqa: E402
-from train import write_record  # noqa: E402
+from train import environment, machine, write_record  # noqa: E402
 
 import variants  # noqa: E402
 
@@ -73,11 +73,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         workload = args.workload or default_workload()
         config = workload_path(workload)
+        env = environment()
         made_with = {
             "options": options,
             "trees": [variants.tree_of(variant).commit for variant in args.variants],
+            "machine": machine(env),
+            "num_threads": env["num_threads"],
         }
-        key = "/".join([workload, f"{b}_vs_{a}_k{args.k}", *(word.removeprefix("--") for word in options)])
+        words = [word.removeprefix("--") for word in options]
+        key = "/".join([workload, f"{b}_vs_{a}_k{args.k}", *words, machine(env)])
         entries = json.loads(path.read_text()) if path.exists() else {}
         entry = entries.get(key)
         stale = entry is None or any(entry.get(name) != value for name, value in made_with.items())

@@ -133,6 +133,11 @@ def environment(stage=None) -> dict:
     }
 
 
+def machine(env: dict) -> str:
+    """What an `environment()` was measured on: the name of the GPU, or of the processor."""
+    return env["device"] if env["device"] != "cpu" else env["cpu"] or "cpu"
+
+
 def driver_version() -> str | None:
     import pynvml
 

@@ -305,7 +305,7 @@ def test_one_command_writes_every_table_and_chart(full_set, tmp_path):
 
 def test_shared_prefix_table_has_the_ratios_of_the_pairs(full_set, tmp_path):
     peaks, times = read_training_peaks(full_set), read_time_ratios(full_set)
-    row = times[times["peer"] == "upstream@1"].iloc[0]
+    row = times[times["pairs"] == 2].iloc[0]
     assert (row["k"], row["pairs"], row["checkpointing"]) == (8, 2, False)
     assert row["step"] == pytest.approx(1 / 0.15) and row["generate"] == pytest.approx(5) and row["train"] == 10
     assert row["token_ratio"] == pytest.approx(8 * 3125 / (3072 + 8 * 53))
@@ -314,6 +314,8 @@ def test_shared_prefix_table_has_the_ratios_of_the_pairs(full_set, tmp_path):
     text = (tmp_path / "shared_prefix.md").read_text()
     assert "| layers_3072_53 | 3,072 + 53 | off | all rows | 2.00 | 8.00 | 4.000 |" in text
     assert "| layers_3072_53 | 3,072 + 53 | off | shared | 1.50 | 1.50 | 1.000 |" in text
+    assert "| layers_3072_53 | 3,072 + 53 | one CPU | off | token ratio | 7.15 |" in text
+    assert "| layers_3072_53 | 3,072 + 53 | one CPU | off | upstream@1 | 6.67 |" in text  # with two pairs
     assert "| upstream@1 (1.06 x tokens) |" in text
     assert "6.67 (5.00 to 10.00)" in text and "| 5.00 | 8.00 | 10.00 | 4.89 |" in text
 

@@ -24,11 +24,14 @@ PEERS = ("upstream@1", f"upstream@1{ONE_ROW}")
 def shared_prefix(peaks: pd.DataFrame, times: pd.DataFrame) -> Figure:
     """A column per workload: training peaks above, times saved below."""
     names = [name for name in peaks["workload"].unique() if name.startswith("layers_")]
-    devices = ", ".join(sorted(set(times["device"])))
+    times = times[times["workload"].isin(names)]
+    if not times.empty:
+        times = times[times["machine"] == times["machine"].mode()[0]]  # the one with the most measurements
+    machines = ", ".join(sorted(set(times["machine"])))
     note = (
         "57 million parameters. Above: live tensor bytes of one training forward and backward, weights and gradients "
         "included, the same LM head in all ways; dashed: gradient checkpointing. Below: time of TRL v1.16.0 with its "
-        f"LM head on the completions over ours, whole optimizer steps in turn on {devices}; filled: all rows at once, "
+        f"LM head on the completions over ours, whole optimizer steps in turn on {machines}; filled: all rows at once, "
         "hollow: one row per micro-batch; dashed: token ratio k (P + R) / (P + k R); dotted: ratio of the "
         "training's floating-point operations."
     )

@@ -58,7 +58,7 @@ def read_time_ratios(runs_dir: Path) -> pd.DataFrame:
 
     Columns: workload, peer, k, checkpointing, prompt_tokens, completion_tokens, tokens_of_peer (its completions' over
     ours; NaN where not recorded), token_ratio, work_ratio (of the training; NaN without its training peak), pairs,
-    threads, device, step, step_min, step_max, generate, score, train. Empty where there are none.
+    threads, machine, step, step_min, step_max, generate, score, train. Empty where there are none.
     """
     path = runs_dir / "time_pairs.json"
     entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -91,7 +91,7 @@ def read_time_ratios(runs_dir: Path) -> pd.DataFrame:
                 "work_ratio": works.get((workload, int(k), checkpointing), math.nan),
                 "pairs": len(entry["pairs_s"]),
                 "threads": entry["env"].get("num_threads"),
-                "device": entry["env"]["device"],
+                "machine": entry["machine"],
                 "step": 1 / entry["ratio_median"],
                 "step_min": 1 / entry["ratio_max"],
                 "step_max": 1 / entry["ratio_min"],
@@ -99,7 +99,7 @@ def read_time_ratios(runs_dir: Path) -> pd.DataFrame:
             }
         )
     frame = pd.DataFrame(rows)
-    return frame.sort_values(["workload", "checkpointing", "peer", "k"]) if rows else frame
+    return frame.sort_values(["workload", "machine", "checkpointing", "peer", "k"]) if rows else frame
 
 
 def peaks_markdown(peaks: pd.DataFrame) -> str:
@@ -117,13 +117,29 @@ def peaks_markdown(peaks: pd.DataFrame) -> str:
     return markdown_rows(header, rows)
 
 
+def steps_markdown(times: pd.DataFrame) -> str:
+    """Times less time a step: a row per workload, machine, checkpointing and peer below their token ratio, by k."""
+    ks = sorted(times["k"].unique())
+    rows = []
+    for (workload, machine, checkpointing), part in times.groupby(["workload", "machine", "checkpointing"]):
+        prompt_tokens, completion_tokens = part[["prompt_tokens", "completion_tokens"]].iloc[0]
+        setting = [workload, f"{prompt_tokens:,} + {completion_tokens:,}", machine, "on" if checkpointing else "off"]
+        ratios = (token_ratio(prompt_tokens, completion_tokens, k) for k in ks)
+        rows.append([*setting, "token ratio", *(f"{ratio:.2f}" for ratio in ratios)])
+        for peer, mine in part.groupby("peer"):
+            by_k = mine.sort_values("pairs").drop_duplicates("k", keep="last").set_index("k")["step"]
+            rows.append([*setting, peer, *(f"{by_k[k]:.2f}" if k in by_k else "–" for k in ks)])
+    header = ["workload", "tokens", "machine", "checkpointing", "against", *(f"k = {k}" for k in ks)]
+    return markdown_rows(header, rows)
+
+
 def times_markdown(times: pd.DataFrame) -> str:
-    header = ["workload", "tokens", "k", "checkpointing", "against", "pairs", "threads", "token ratio"]
+    header = ["workload", "tokens", "k", "machine", "checkpointing", "against", "pairs", "threads", "token ratio"]
     header += ["step", "of the ratio", "generation", "scoring", "training", "work ratio"]
     rows = []
     for row in times.itertuples():
         span = f" ({row.step_min:.2f} to {row.step_max:.2f})" if row.pairs > 1 else ""
-        cells = [row.workload, f"{row.prompt_tokens:,} + {row.completion_tokens:,}", str(row.k)]
+        cells = [row.workload, f"{row.prompt_tokens:,} + {row.completion_tokens:,}", str(row.k), row.machine]
         longer = f" ({row.tokens_of_peer:.2f} x tokens)" if row.tokens_of_peer > 1 else ""
         cells += ["on" if row.checkpointing else "off", row.peer + longer, str(row.pairs)]
         cells += ["all" if pd.isna(row.threads) else f"{row.threads:.0f}", f"{row.token_ratio:.2f}"]
@@ -140,7 +156,8 @@ def write_shared_prefix_table(peaks: pd.DataFrame, times: pd.DataFrame, out: Pat
     if not peaks.empty:
         parts += ["## Training peak, GiB\n", peaks_markdown(peaks)]
     if not times.empty:
-        parts += ["## How many times less time\n", times_markdown(times)]
+        parts += ["## How many times less time a step takes\n", steps_markdown(times)]
+        parts += ["## The same by phase\n", times_markdown(times)]
         write_csv(times, out / "shared_prefix_times.csv")
     text = "\n".join(parts) + NOTES
     write_atomically(out / "shared_prefix.md", lambda target: target.write_text(text, encoding="utf-8"))
