@@ -32,34 +32,24 @@ pairs() { .venv/bin/python experiments/compare_time.py --runs "$runs" --variants
 pairs baseline string-level --workload cpu --k 4 --pairs 5
 pairs baseline string-level --workload published --k 2 --pairs 3
 
-# The shared prefix: whole trainers of a 57-million-parameter model, its training peaks, and its times, of which a step
-# takes up to half an hour on one thread
+# The shared prefix: whole trainers of a 57-million-parameter model, and for it and the tiny one training peaks and times,
+# of which a step takes up to half an hour on one thread
 layers="layers_3072_53 layers_1024_1024 layers_256_512"
 for workload in $layers; do
   measure --workload $workload --variants upstream@1 upstream@1-mb1 string-level shared-prefix --k 2 8 --steps 1
 done
-.venv/bin/python experiments/training_peaks.py --out "$runs/training_peaks.csv" --workloads $layers \
-  published balanced long_response
+tiny="published balanced long_response"
+.venv/bin/python experiments/training_peaks.py --out "$runs/training_peaks.csv" --workloads $layers $tiny
 export OMP_NUM_THREADS=1
 step() { pairs "$1" shared-prefix --workload "$2" --k "$3" --pairs 1 --steps 1 "${@:4}"; }
-for workload in $layers; do
+for workload in $layers $tiny; do
   for k in 2 4 8; do step upstream@1 $workload $k; done
   for k in 2 4 8; do step upstream@1 $workload $k --gradient_checkpointing True; done
   for k in 8 16 32 64; do step upstream@1-mb1 $workload $k; done
-  for k in 16 32 64; do step upstream@1-mb1 $workload $k --gradient_checkpointing True; done
+  for k in 8 16 32 64; do step upstream@1-mb1 $workload $k --gradient_checkpointing True; done
   for k in 2 4 8 16 32 64; do step string-level $workload $k; done
 done
-step upstream@1 layers_3072_53 8 --pairs 3
+for k in 16 32 64; do step upstream@1 published $k; done
+for workload in layers_3072_53 layers_1024_1024; do step upstream@1 $workload 8 --pairs 3; done
 for k in 2 4; do step upstream@1 layers_256_512 $k --pairs 3; done
-for k in 2 4 8; do pairs upstream@1 shared-prefix --workload published --k $k --pairs 3; done
-for workload in balanced long_response; do
-  for k in 2 8; do pairs upstream@1 shared-prefix --workload $workload --k $k --pairs 1; done
-done
-for k in 8 16 32 64; do step upstream@1-mb1 published $k; done
-for k in 2 8; do step upstream@1 published $k --gradient_checkpointing True; done
-step upstream@1-mb1 published 64 --gradient_checkpointing True
-for k in 2 8 16 32 64; do step string-level published $k; done
-for workload in balanced long_response; do
-  for k in 16 32 64; do step upstream@1-mb1 $workload $k; done
-  step upstream@1 $workload 8 --gradient_checkpointing True
-done
+for k in 2 4 8; do step upstream@1 published $k --pairs 3; done

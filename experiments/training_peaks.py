@@ -7,6 +7,7 @@ as real ones; `--real` runs on data (a test compares both). Three ways, with the
 `all rows` runs k copies of the prompt at once, `row by row` accumulates them one at a time, `shared` keeps one prompt
 and its completions one at a time. Weights and gradients are counted apart, because they are there in every way. The
 work is that of matrix products and attention kernels: the LM head of the completions, which no way shares, included.
+Every row names the packages and the commit that it was counted with.
 """
 
 import argparse
@@ -37,12 +38,14 @@ from lowmem.shared_prefix import PromptGroup, shared_prefix_backward  # noqa: E4
 from lowmem.shared_prefix_prompt import score_chunks  # noqa: E402
 from memory import ProductFlops  # noqa: E402
 from memory_samples import write_atomically  # noqa: E402
+from train import environment  # noqa: E402
 
 CHUNK_TOKENS = 32  # whose logits the LM head makes at once, in every way
 WAYS = ("all rows", "row by row", "shared")
+MADE_WITH = ("torch", "transformers", "repo_commit", "repo_dirty")
 COLUMNS = (
     *("workload", "prompt_tokens", "completion_tokens", "k", "gradient_checkpointing", "way"),
-    *("peak_live_bytes", "weight_and_gradient_bytes", "prompt_copies_over_shared_tokens", "flops"),
+    *("peak_live_bytes", "weight_and_gradient_bytes", "flops", *MADE_WITH),
 )
 
 
@@ -115,18 +118,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("results/local/training_peaks.csv"))
     args = parser.parse_args(argv)
     rows = []
+    env = environment()
     try:
         for workload in args.workloads:
             settings = yaml.safe_load(workload_path(workload).read_text())
             for checkpointing in (False, True):
                 for k in args.k:
                     config = ExperimentConfig(**settings, rloo_k=k, gradient_checkpointing=checkpointing)
-                    tokens = config.prompt_tokens + config.response_tokens
-                    ratio = k * tokens / (config.prompt_tokens + k * config.response_tokens)
                     for way in args.ways:
                         peak, standing, flops = peak_and_work(config, k, way, args.real)
                         shape = (workload, config.prompt_tokens, config.response_tokens)
-                        rows.append((*shape, k, checkpointing, way, peak, standing, f"{ratio:.3f}", flops))
+                        counted_with = (env[name] for name in MADE_WITH)
+                        rows.append((*shape, k, checkpointing, way, peak, standing, flops, *counted_with))
                         figures = f"{peak / 2**30:.3f} GiB, {flops:.3g} operations"
                         print(f"{workload} k={k} checkpointing={checkpointing} {way}: {figures}", flush=True)
     except ValueError as error:

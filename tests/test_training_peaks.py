@@ -84,7 +84,7 @@ def test_writes_one_row_per_setting(tmp_path):
     assert [row["gradient_checkpointing"] for row in rows] == ["False", "True"]
     assert rows[0]["prompt_tokens"] == "512" and int(rows[0]["peak_live_bytes"]) > 0
     assert int(rows[1]["flops"]) > int(rows[0]["flops"]) > 0
-    assert float(rows[0]["prompt_copies_over_shared_tokens"]) == pytest.approx(2 * 565 / (512 + 106), abs=1e-3)
+    assert rows[0]["torch"] == torch.__version__
 
 
 def test_an_unknown_workload_is_named(capsys):
