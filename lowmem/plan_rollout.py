@@ -73,6 +73,7 @@ def _last_steps(model, plan: PlanConfig, ids, mask, trace) -> None:
         rows = torch.arange(groups).repeat_interleave(plan.rloo_k)[: len(ids)]
         prefilled, cache = cache, _select_rows(cache, rows, can_share_cache(model))
         trace.relabel("cache", _cache_tensors(prefilled) + _cache_tensors(cache))
+        del prefilled
     else:
         out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
         trace.relabel("cache", _cache_tensors(cache))

@@ -20,6 +20,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 EXACT_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 # RoPE whose angle at a position does not depend on the rest of the sequence.
 STATIC_ROPE_TYPES = frozenset({"default", "linear", "yarn", "llama3", "proportional"})
+# Model types that add an embedding of the position, and count positions from the padding when they are given none.
+LEARNED_POSITIONS = frozenset({"gpt2", "gpt_neo", "gpt_bigcode"})
 # Parts of the names under which transformers and PEFT keep the rate of a random disturbance.
 _NOISE_NAMES = ("drop", "jitter", "noise")
 _STATEFUL_MODULES = (nn.Conv1d, nn.RNNBase, nn.RNNCellBase, nn.modules.batchnorm._BatchNorm)
@@ -80,6 +82,11 @@ def _architecture_reasons(inner: PreTrainedModel) -> list[str]:
         reasons.append(
             f"{config.model_type} carries the prompt in something other than keys and values ({found}): a branch "
             "would not see the prompt's state, or would disturb it. Use a model with attention layers only."
+        )
+    tables = [getattr(module, "position_embeddings", None) for module in inner.modules()]
+    if any(getattr(table, "padding_idx", None) is not None for table in tables):
+        reasons.append(
+            f"{config.model_type} counts positions from its padding token's id, and not from 0. Use another model."
         )
     if getattr(text, "num_kv_shared_layers", 0) or any(getattr(text, "kv_sharing_modes", None) or ()):
         reasons.append(
@@ -169,7 +176,18 @@ def _wrapper_reasons(model: nn.Module) -> list[str]:
             "The PEFT adapter puts virtual tokens before the prompt, which move its positions. Use LoRA or another "
             "adapter that changes weights."
         )
+    if any(_adapter_sees_the_forward(adapter) for adapter in adapters.values()):
+        reasons.append(
+            "The PEFT adapter depends on the forward that it is in: activated LoRA looks for its invocation among the "
+            "tokens at hand, VeLoRA keeps statistics of them, PVeRA draws noise. Use LoRA or another adapter that "
+            "treats every token alike."
+        )
     return reasons
+
+
+def _adapter_sees_the_forward(adapter) -> bool:
+    settings = ("alora_invocation_tokens", "velora_config")
+    return adapter.peft_type == "PVERA" or any(getattr(adapter, name, None) is not None for name in settings)
 
 
 def why_not_exact_at(model: nn.Module, shortest: int, longest: int) -> list[str]:
@@ -217,6 +235,32 @@ def refuse_inexact(model: nn.Module) -> None:
 def refuse_inexact_lengths(model: nn.Module, shortest: int, longest: int) -> None:
     """Raises NotImplementedError with every reason of `why_not_exact_at`."""
     _refuse(why_not_exact_at(model, shortest, longest))
+
+
+def refuse_inexact_padding(model: nn.Module, num_padding: int, longest: int) -> None:
+    """Raises NotImplementedError if the plain computation of left-padded rows depends on the padding.
+
+    A forward that is given no positions counts them from the padding. RoPE does not mind, since it goes by distances.
+
+    Args:
+        num_padding: most tokens of padding that a row has.
+        longest: tokens of a row with its padding and its completion.
+    """
+    text = transformers_model(model).config.get_text_config(decoder=True)
+    rope = getattr(text, "rope_parameters", None) or {}
+    scale_steps = [  # positions after which queries are scaled otherwise
+        getattr(text, "floor_scale", None) if getattr(text, "attn_temperature_tuning", False) else None,
+        rope.get("original_max_position_embeddings") if rope.get("llama_4_scaling_beta") else None,
+    ]
+    goes_by_position = text.model_type in LEARNED_POSITIONS or any(step and longest >= step for step in scale_steps)
+    if num_padding and goes_by_position:
+        _refuse(
+            [
+                f"{text.model_type} goes by absolute positions, which the plain computation counts from the padding at "
+                f"the left of a row (up to {num_padding} tokens here) and the shared prefix from its first token. Give "
+                "the prompts of a batch one length (without `pad_to_multiple_of`), or leave the shared prefix off."
+            ]
+        )
 
 
 def _refuse(reasons: list[str]) -> None:

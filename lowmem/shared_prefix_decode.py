@@ -35,7 +35,7 @@ _decoding: ContextVar[tuple[Cache, frozenset[nn.Module]] | None] = ContextVar("_
 class SharedPromptLayer(CacheLayerMixin):
     """One layer's keys and values: the prompts' (n, Hk, P, D) as they are, the completions' (B, Hk, t, D) beside them.
 
-    `update` returns the completions' part only; `_attend` adds the prompts'.
+    `update` returns the completions' part only; `_attend` adds the prompts', where it is given what `update` returned.
     """
 
     is_sliding = False
@@ -45,6 +45,7 @@ class SharedPromptLayer(CacheLayerMixin):
         self.prompt_keys, self.prompt_values = prompt_keys, prompt_values
         self.num_tokens = 0
         self.num_updates = self.num_reads = 0
+        self.returned = None, None
         self.is_initialized = True
 
     def lazy_initialization(self, key_states, value_states):
@@ -60,12 +61,14 @@ class SharedPromptLayer(CacheLayerMixin):
 
     def update(self, key_states, value_states, *args, **kwargs):
         start, self.num_tokens = self.num_tokens, self.num_tokens + key_states.shape[-2]
+        self.returned = None, None  # holds no buffer that a longer one replaces
         self.keys = _with_room(self.keys, key_states, self.num_tokens)
         self.values = _with_room(self.values, value_states, self.num_tokens)
         self.keys[:, :, start : self.num_tokens] = key_states
         self.values[:, :, start : self.num_tokens] = value_states
         self.num_updates += 1
-        return self.keys[:, :, : self.num_tokens], self.values[:, :, : self.num_tokens]
+        self.returned = self.keys[:, :, : self.num_tokens], self.values[:, :, : self.num_tokens]
+        return self.returned
 
     def get_mask_sizes(self, query_length):
         return self.get_seq_length() + query_length, 0
@@ -97,9 +100,9 @@ def decode_layer(layer: CacheLayerMixin, rows: torch.Tensor) -> CacheLayerMixin 
     prompts, counts = rows.unique_consecutive(return_counts=True)
     if type(layer) is not DynamicLayer or len(prompts.unique()) < len(prompts) or (counts != counts[0]).any():
         return None
-    everything = len(prompts) == layer.keys.shape[0] and bool((prompts.diff() == 1).all())
-    keys, values = (layer.keys, layer.values) if everything else (layer.keys[prompts], layer.values[prompts])
-    return SharedPromptLayer(keys, values)
+    if bool((prompts.diff() == 1).all()):
+        prompts = slice(int(prompts[0]), int(prompts[-1]) + 1)  # a view, where they are next to each other
+    return SharedPromptLayer(layer.keys[prompts], layer.values[prompts])
 
 
 def _attend(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
@@ -115,8 +118,13 @@ def _attend(module, query, key, value, attention_mask, scaling=None, softcap=Non
             f"{type(module).__name__} asks for position biases or for several tokens at once, which the shared prefix "
             "does not decode. Pass `share_cache=False`, or generate without the shared prefix."
         )
+    layer, sinks = cache.layers[module.layer_idx], kwargs.get("s_aux")
+    if isinstance(layer, SharedPromptLayer) and (key is not layer.returned[0] or value is not layer.returned[1]):
+        raise NotImplementedError(
+            f"{type(module).__name__} changes keys and values after it read them from the cache, where the prompt's are "
+            "not changed. Pass `share_cache=False`, or generate without the shared prefix."
+        )
     with torch.autocast(query.device.type, enabled=False):  # it would round the scores to half precision
-        layer, sinks = cache.layers[module.layer_idx], kwargs.get("s_aux")
         return _attention(layer, query, key, value, attention_mask, scaling, softcap, sinks), None
 
 
@@ -175,8 +183,16 @@ AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 
 def can_share_cache(model: nn.Module) -> bool:
-    """Whether the model asks transformers for its attention function, so that `_attend` is what it calls."""
-    return transformers_model(model)._can_set_attn_implementation()
+    """Whether `_attend` may stand in for the model's attention.
+
+    The model asks transformers for its attention function, and that is plain attention over what the cache holds, not
+    an implementation of the user's own, and not over keys that are expanded from latents (multi-head latent attention).
+    """
+    inner = transformers_model(model)
+    usual = inner.config._attn_implementation or "eager"
+    is_plain = usual in ("eager", "sdpa", "flex_attention") or "flash" in usual
+    has_latents = getattr(inner.config.get_text_config(decoder=True), "kv_lora_rank", None) is not None
+    return is_plain and not has_latents and inner._can_set_attn_implementation()
 
 
 @contextmanager

@@ -11,10 +11,11 @@ Shapes: n prompts, P tokens of the longest prompt, k completions of a prompt, R 
 """
 
 import copy
+import inspect
 from contextlib import nullcontext
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from lowmem.shared_prefix_checks import (
@@ -33,11 +34,17 @@ _ACCEPTED = {
     "cache_implementation": "hybrid",  # what hub models still say; `generate` takes it for the default
     "return_dict_in_generate": False,
     "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None,
+    "use_mtp": False,
     "guidance_scale": 1.0,
     "prefill_chunk_size": None,
     "token_healing": False,
 }
-_REFUSED_ARGUMENTS = ("assistant_model", "custom_generate", "inputs_embeds", "past_key_values", "position_ids")
+_REFUSED_ARGUMENTS = ("assistant_model", "custom_generate")
+_REFUSED_IN_PARTS = ("prefix_allowed_tokens_fn", "max_time")  # they count rows, or time, of all rows
+# What else `generate` takes goes to the model's forward, and the prompt's prefill would not see it.
+_KNOWN_ARGUMENTS = {"tokenizer"} | vars(GenerationConfig()).keys()
+_KNOWN_ARGUMENTS |= inspect.signature(GenerationMixin.generate).parameters.keys() - {"inputs", "kwargs"}
 
 
 @torch.no_grad()
@@ -69,7 +76,7 @@ def shared_prefix_generate(
         max_rows: most rows to generate at once; None for all n k. Fewer rows need less cache, but draw random numbers
             in another order: exact only in distribution when sampling.
         share_cache: keep each prompt's keys and values once, P + k R tokens of cache instead of k (P + R). Layers with
-            a sliding window, and models with attention of their own, repeat theirs in any case.
+            a sliding window, and models that `can_share_cache` does not know, repeat theirs in any case.
         **generate_kwargs: for `model.generate`, which returns a tensor.
 
     Returns:
@@ -80,10 +87,13 @@ def shared_prefix_generate(
         ValueError: if the shapes do not fit, or the prompts are not left-padded.
     """
     _check_prompts(input_ids, attention_mask, num_generations, max_rows)
-    _refuse_settings(model, generate_kwargs)
+    parts = _parts(input_ids.shape[0], num_generations, max_rows, input_ids.device)
+    _refuse_settings(model, generate_kwargs, in_parts=len(parts) > 1)
     refuse_inexact(model)
-    longest = int(attention_mask.sum(-1).max())
-    refuse_inexact_lengths(model, longest - 1, longest)
+    lengths = attention_mask.sum(-1)
+    longest = int(lengths.max())
+    shortest = int(lengths.min()) if len(parts) > 1 else longest  # a part goes by its own longest row
+    refuse_inexact_lengths(model, shortest - 1, longest)
     if checkpointing_is_active(model):
         raise NotImplementedError(
             "Gradient checkpointing is active: its layers take the cache away from `generate`, which would then see "
@@ -91,8 +101,10 @@ def shared_prefix_generate(
         )
     prefilled = _prefill(model, input_ids[:, :-1], attention_mask[:, :-1]) if input_ids.shape[1] > 1 else None
     outputs = []
-    for part in _parts(input_ids.shape[0], num_generations, max_rows, input_ids.device):
+    for part in parts:
         cache = None if prefilled is None else _select_rows(prefilled, part, share_cache and can_share_cache(model))
+        if part is parts[-1]:
+            prefilled = None  # what repeats it needs no original any more
         shares = cache is not None and any(isinstance(layer, SharedPromptLayer) for layer in cache.layers)
         with prompts_kept_once(model, cache) if shares else nullcontext():
             outputs.append(
@@ -114,8 +126,9 @@ def _prefill(model, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Dy
     """Cache of (n, P - 1) tokens, of the kind that `generate` would make."""
     positions = attention_mask.long().cumsum(-1) - 1  # as `generate` numbers them
     positions = positions.masked_fill(attention_mask == 0, 0)
-    cache = DynamicCache(config=transformers_model(model).config.get_text_config(decoder=True))
-    model(
+    inner = transformers_model(model)  # whose forward `generate` calls: accelerate's autocast is around PEFT's only
+    cache = DynamicCache(config=inner.config.get_text_config(decoder=True))
+    inner(
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=positions,
@@ -126,8 +139,7 @@ def _prefill(model, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Dy
     if cache.get_seq_length() != input_ids.shape[1]:
         raise RuntimeError(
             f"the prefill left {cache.get_seq_length()} of {input_ids.shape[1]} tokens in the cache: "
-            f"{type(transformers_model(model)).__name__} does not write to the cache that it is given. Generate "
-            "without the shared prefix."
+            f"{type(inner).__name__} does not write to the cache that it is given. Generate without the shared prefix."
         )
     return cache
 
@@ -173,8 +185,12 @@ def _setting(model, generate_kwargs: dict, name: str):
     return None
 
 
-def _refuse_settings(model, generate_kwargs) -> None:
-    refused = [name for name in _REFUSED_ARGUMENTS if generate_kwargs.get(name) is not None]
+def _refuse_settings(model, generate_kwargs, in_parts: bool) -> None:
+    given = [name for name, value in generate_kwargs.items() if value is not None]
+    refused = [name for name in given if name in _REFUSED_ARGUMENTS or name not in _KNOWN_ARGUMENTS]
+    if in_parts:
+        in_all = [name for name in _REFUSED_IN_PARTS if _setting(model, generate_kwargs, name) is not None]
+        refused += [f"{name} (with max_rows)" for name in in_all]
     for name, accepted in _ACCEPTED.items():
         value = _setting(model, generate_kwargs, name)
         if value is not None and value != accepted:

@@ -70,7 +70,8 @@ def check_shared_prefix(
         SharedPrefixMismatch: if an error exceeds its tolerance or is not finite, or if a gradient is missing.
         NotImplementedError, RuntimeError: see `SharedPrompt`; also if rounding cannot be measured in half precision.
     """
-    model, prompt_ids, device = without_wrapper(model), group.prompt_ids, group.prompt_ids.device
+    prompt_ids, device = group.prompt_ids, group.prompt_ids.device
+    model = without_wrapper(model, gradients=gradients)
     completions = [ids[:max_completion_tokens] for ids in group.completions[:max_completions]]
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(len(ids), generator=generator).to(device) for ids in completions]
@@ -217,13 +218,13 @@ _checked: weakref.WeakKeyDictionary[nn.Module, set] = weakref.WeakKeyDictionary(
 def check_on_first_use(
     model: nn.Module, groups: Sequence["PromptGroup"], branch_forward: BranchForward, gradients: bool
 ) -> None:
-    """`check_shared_prefix` on one group, once per model and mode: attention, training, checkpointing, adapters."""
+    """`check_shared_prefix` on one group, once per model and mode: attention, training, checkpointing, adapter, dtype."""
     mode = (
         transformers_model(model).config._attn_implementation,
         model.training,
         checkpointing_is_active(model),
         gradients,
-        tuple(parameter.requires_grad for parameter in model.parameters()),  # says which adapter is active
+        tuple((p.requires_grad, p.dtype) for p in model.parameters()),  # says which adapter is active
     )
     passed = _checked.setdefault(model, set())
     shared = [group for group in groups if len(group.prompt_ids) > 1]  # one token leaves nothing to share

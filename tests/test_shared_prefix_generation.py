@@ -1,11 +1,21 @@
 """Prompts prefilled once: the tokens of stock `generate` for the same seed."""
 
+import functools
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from test_shared_prefix_models import MODELS, VOCAB_SIZE, WINDOW, make_model
-from transformers import AutoModelForCausalLM, GenerationConfig, GptOssConfig
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GptOssConfig,
+)
 from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from lowmem import shared_prefix_decode, shared_prefix_generation
 from lowmem.live_bytes import LiveBytes
@@ -177,6 +187,12 @@ def test_peak_memory_is_below_stock():
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup"),
         ({"token_healing": True}, "token_healing"),
         ({"assistant_model": object()}, "assistant_model"),
+        ({"assistant_early_exit": 2}, "assistant_early_exit=2"),
+        ({"use_mtp": True}, "use_mtp=True"),
+        ({"token_type_ids": torch.zeros(4, 23)}, "token_type_ids"),
+        ({"adapter_names": ["one"]}, "adapter_names"),
+        ({"max_rows": 3, "max_time": 1.0}, "max_time .with max_rows."),
+        ({"max_rows": 3, "prefix_allowed_tokens_fn": lambda *_: [1]}, "prefix_allowed_tokens_fn .with max_rows."),
         ({"inputs_embeds": torch.zeros(1, 1, 32)}, "inputs_embeds"),
     ],
     ids=str,
@@ -258,7 +274,8 @@ def test_scores_under_autocast_are_as_precise_as_without():
     module = torch.nn.Linear(1, 1)
     module.layer_idx = 0
     cache = Cache(layers=[layer])
-    inputs = states(3, 4, 1, 16, scale=6), states(3, 2, 1, 16), states(3, 2, 1, 16)
+    query = states(3, 4, 1, 16, scale=6)
+    inputs = query, *layer.update(states(3, 2, 1, 16), states(3, 2, 1, 16))
     token = shared_prefix_decode._decoding.set((cache, frozenset([module])))
     try:
         exact = shared_prefix_decode._attend(module, *inputs, None)[0]
@@ -267,6 +284,58 @@ def test_scores_under_autocast_are_as_precise_as_without():
     finally:
         shared_prefix_decode._decoding.reset(token)
     torch.testing.assert_close(ours, exact, rtol=0, atol=0)
+
+
+# Multi-head latent attention whose sizes all agree, so that unexpanded keys and values would fit without an error
+LATENTS = {"head_dim": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "kv_lora_rank": 16}
+LATENTS |= {"q_lora_rank": 16, "num_key_value_heads": 4, "first_k_dense_replace": 3}
+
+
+def test_tokens_match_stock_with_latent_attention():
+    model = make_model("deepseek_v3", torch.float32, **LATENTS).eval()
+    for do_sample in (False, True):
+        assert_same_tokens(model, *make_prompts(), do_sample=do_sample)
+
+
+def test_keys_changed_after_the_cache_are_found_out(monkeypatch):
+    monkeypatch.setattr(shared_prefix_generation, "can_share_cache", lambda model: True)
+    model = make_model("deepseek_v3", torch.float32, **LATENTS).eval()
+    with pytest.raises(NotImplementedError, match="after it read them from the cache.*share_cache=False"):
+        shared_prefix_generate(model, *make_prompts(), NUM_GENERATIONS, max_new_tokens=2)
+
+
+def test_attention_of_the_users_own_is_not_replaced():
+    def nearest_tokens(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        distance = torch.arange(key.shape[2]).flip(0)[None, None, None]
+        mask = attention_mask.float().log() - 0.5 * distance  # as a bias would
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
+
+    AttentionInterface.register("nearest_tokens", nearest_tokens)
+    AttentionMaskInterface.register("nearest_tokens", functools.partial(sdpa_mask, allow_is_causal_skip=False))
+    model = make_model("llama", torch.float32, attn_implementation="nearest_tokens").eval()
+    assert_same_tokens(model, *make_prompts(), do_sample=True)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mistral"])
+def test_an_adapter_under_autocast_of_the_outermost_module_alone(name):
+    """As accelerate prepares a PEFT model: `generate` calls the forward inside, which is not under autocast."""
+    base = make_model(name, torch.float32)
+    model = get_peft_model(base, LoraConfig(init_lora_weights=False, target_modules=["q_proj", "v_proj"])).eval()
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    ids, mask = make_prompts()
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    stock = decoded_logits(base, lambda: stock_generate(model, ids, mask, **options))
+    shared = decoded_logits(base, lambda: shared_prefix_generate(model, ids, mask, NUM_GENERATIONS, **options))
+    torch.testing.assert_close(shared, stock, rtol=0, atol=1e-4)
+
+
+def test_rows_in_parts_that_rope_would_rotate_otherwise_are_refused():
+    long = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "factor": 4.0}
+    long |= {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 12}
+    model = make_model("llama", torch.float32, rope_parameters=long).eval()
+    with pytest.raises(NotImplementedError, match="longest position"):
+        shared_prefix_generate(model, *make_prompts((9, 23)), NUM_GENERATIONS, max_rows=NUM_GENERATIONS)
+    assert_same_tokens(model, *make_prompts((9, 23)), do_sample=True)
 
 
 def test_another_model_with_the_same_config_object_is_found_out():

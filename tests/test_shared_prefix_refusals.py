@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from peft import BOFTConfig, LoKrConfig, LoraConfig, PromptTuningConfig, get_peft_model
+from peft import BOFTConfig, LoKrConfig, LoraConfig, PromptTuningConfig, PveraConfig, VeloraConfig, get_peft_model
 from test_shared_prefix_models import (
     Float64Everywhere,
     Losses,
@@ -19,7 +19,7 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, T5Config,
 
 from lowmem import shared_prefix_prompt, shared_prefix_self_check
 from lowmem.shared_prefix import shared_prefix_backward, shared_prefix_scores
-from lowmem.shared_prefix_checks import why_not_exact
+from lowmem.shared_prefix_checks import refuse_inexact_padding, why_not_exact
 from lowmem.shared_prefix_prompt import SharedPrompt, score_logits
 from lowmem.shared_prefix_self_check import SharedPrefixMismatch, check_shared_prefix
 
@@ -87,6 +87,7 @@ def multimodal():
     return Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
 
 
+NO_BERT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 REFUSED = {
     "attention dropout": (lambda: qwen3(attention_dropout=0.1), "attention_dropout = 0.1.*eval"),
     "dropout modules": (lambda: make_model("phi3", torch.float32, resid_pdrop=0.2), "dropout.p = 0.2"),
@@ -115,6 +116,13 @@ REFUSED = {
     "reentrant wrapper": (with_reentrant_wrapper, "use_reentrant.: False"),
     "compiled": (lambda: torch.compile(qwen3()), "uncompiled"),
     "virtual tokens": (with_virtual_tokens, "virtual tokens"),
+    "activated adapter": (lambda: with_lora(alora_invocation_tokens=[5, 6]), "activated LoRA"),
+    "stateful adapter": (lambda: with_lora(velora_config=VeloraConfig()), "VeLoRA keeps statistics"),
+    "noisy adapter": (with_adapter(PveraConfig(target_modules=["q_proj"])), "PVeRA draws noise"),
+    "positions from the padding token": (
+        lambda: make_model("roberta", torch.float32, is_decoder=True, **NO_BERT_DROPOUT),
+        "padding token",
+    ),
     "encoder-decoder": (encoder_decoder, "decoder-only"),
     "multimodal": (multimodal, "vision_config"),
     "not a transformers model": (lambda: torch.nn.Linear(2, 2), "PreTrainedModel"),
@@ -175,6 +183,34 @@ def test_rope_that_depends_on_the_longest_position_is_refused_and_would_be_wrong
     monkeypatch.setattr(shared_prefix_prompt, "refuse_inexact_lengths", lambda *args: None)
     with pytest.raises(SharedPrefixMismatch, match="logp_error_max"):
         check_shared_prefix(model, groups[0], gradients=False)
+
+
+LLAMA4 = {"num_local_experts": 2, "attention_chunk_size": 8, "floor_scale": 20}
+MINISTRAL3 = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "llama_4_scaling_beta": 0.5}
+BY_POSITION = {
+    "learned positions": ("gpt2", {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}),
+    "temperature": ("llama4_text", LLAMA4 | {"attn_temperature_tuning": True, "no_rope_layers": [0, 0, 0]}),
+    "query scale": ("ministral3", {"rope_parameters": MINISTRAL3 | {"original_max_position_embeddings": 20}}),
+}
+
+
+@pytest.mark.parametrize("case", BY_POSITION)
+def test_padding_that_changes_the_plain_numbers_is_refused(case):
+    """Plain rows of 14 tokens, with and without 10 tokens of padding at the left."""
+    model_type, changes = BY_POSITION[case]
+    model = make_model(model_type, torch.float32, **changes).eval()
+    ids, padding = make_groups([(14, (1,))])[0].prompt_ids[None], torch.zeros(1, 10, dtype=torch.long)
+    mask = torch.cat([torch.zeros_like(padding), torch.ones_like(ids)], 1)
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        padded = model(input_ids=torch.cat([padding, ids], 1), attention_mask=mask).logits[:, 10:]
+    assert (plain - padded).abs().max() > 1e-3
+    with pytest.raises(NotImplementedError, match="up to 10 tokens here.*one length"):
+        refuse_inexact_padding(model, num_padding=10, longest=24)
+    refuse_inexact_padding(model, num_padding=0, longest=24)
+    refuse_inexact_padding(qwen3(), num_padding=10, longest=24)
+    if case != "learned positions":
+        refuse_inexact_padding(model, num_padding=5, longest=19)  # on one side of the step
 
 
 def forget_positions(model, inputs, labels):
