@@ -21,6 +21,7 @@ from test_shared_prefix_rloo import (
 )
 
 STAGE_BEFORE = 4
+VOCAB_SIZE = 8192  # of the probe model's tokenizer
 SETTINGS = {"rows_per_micro_batch": 2}
 
 
@@ -55,6 +56,18 @@ def test_shared_prefix_matches_upstream_in_float64(run_grpo, extra):
     reference = run_grpo("upstream", extra)
     assert_is_a_test(reference)
     assert_same(run_grpo("shared-prefix", extra), reference, TOLERANCE["float64"])
+
+
+def test_a_masked_completion_far_from_the_policy_has_no_gradient(run_grpo):
+    """Its ratio to the reference model is beyond the largest number, and infinity times a mask of 0 is no number."""
+    rare = {"suppress_tokens": [token for token in range(VOCAB_SIZE) if token != 5]}
+    extra = {"mask_truncated_completions": True, "generation_kwargs": rare}
+    settings = {"response_tokens": 1, "temperature": 1e-5, "kl_coef": 0.1}
+    reference = run_grpo("upstream", extra, **settings)
+    ours = run_grpo("shared-prefix", extra, **settings)
+    assert_same(ours, reference, TOLERANCE["float64"])
+    gradients = [value for name, value in ours.items() if ".grad." in name]
+    assert gradients and all((value == 0).all() for value in gradients)
 
 
 def test_weights_of_another_partition_are_seen(run_grpo):
@@ -193,6 +206,7 @@ def refusals(probe_model) -> dict[str, str | None]:
         ("lomo", "NotImplementedError", "Choose another `optim`"),
         ("layerwise", "NotImplementedError", "Choose another `optim`"),
         ("longest position", "NotImplementedError", "Keep all lengths on one side"),
+        ("absolute positions", "NotImplementedError", "Give the prompts of a batch one length"),
         ("num_generations", "ValueError", "Raise gradient_accumulation_steps"),
         ("steps_per_generation", "ValueError", "divisible by the other"),
         ("vision-language", "NotImplementedError", "Pass a tokenizer and a text model"),
@@ -200,6 +214,10 @@ def refusals(probe_model) -> dict[str, str | None]:
         ("_compute_loss", "NotImplementedError", "Override `_compute_per_token_loss`"),
         ("_get_per_token_logps_and_entropies", "NotImplementedError", "Override `_compute_per_token_loss`"),
         ("_prepare_inputs", "NotImplementedError", "Override `_compute_per_token_loss`"),
+        ("compute_loss_context_manager", "NotImplementedError", "Override `_compute_per_token_loss`"),
+        ("token_type_ids", "NotImplementedError", "see `chat_template_kwargs`"),
+        ("optimizer step begins", "RuntimeError", "Make a new trainer"),
+        ("or ends within", "RuntimeError", "Make a new trainer"),
         ("FSDP", "NotImplementedError", "Use a single process, DDP or DeepSpeed"),
         ("lora_dropout", "NotImplementedError", "`lora_dropout=0`"),
         ("reentrant", "NotImplementedError", '"use_reentrant": False'),
@@ -214,6 +232,8 @@ def test_what_is_not_exact_is_refused_with_the_way_out(refusals, case, error, wa
     assert refusals[case].startswith(f"{error}: ") and case in refusals[case] and way_out in refusals[case]
 
 
-@pytest.mark.parametrize("case", ["none", "experts", "no self-check"])
+@pytest.mark.parametrize(
+    "case", ["none", "experts", "no self-check", "adapter in mixed precision", "own log-probabilities, flag off"]
+)
 def test_what_is_exact_is_not_refused(refusals, case):
     assert refusals[case] is None

@@ -224,6 +224,7 @@ def print_refusals(algorithm: str, folder: str) -> None:
 
     class OwnLogps(stock_trainer):
         def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+            assert self.args.shared_prefix or "group_ids" not in kwargs, "upstream has no such argument"
             return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     def train_on_padding_beyond_the_switch():
@@ -239,8 +240,46 @@ def print_refusals(algorithm: str, folder: str) -> None:
         model = AutoModelForCausalLM.from_pretrained(folder, rope_parameters=rope, max_position_embeddings=12)
         train(model=model, change=get_groups)
 
-    def replace_inputs(trainer):
-        trainer._prepare_inputs = functools.partial(trainer._prepare_inputs)
+    def get_padded_groups_by_position(trainer):
+        trainer.model.config.model_type = "gpt2"
+        ids, prompt_mask = torch.ones(2, 6).long(), torch.ones(2, 6).long()
+        prompt_mask[:, :2] = 0
+        trainer._get_prompt_groups(ids, prompt_mask, ids, torch.ones(2, 6).long(), torch.tensor([0, 0]))
+
+    def replace(name):
+        def change(trainer):
+            setattr(trainer, name, functools.partial(getattr(trainer, name)))
+
+        return change
+
+    def add_token_types(trainer):
+        tokenize = trainer._tokenize_prompts
+
+        def with_token_types(prompts):
+            ids, images, fields = tokenize(prompts)
+            return ids, images, fields | {"token_type_ids": [[0] * len(row) for row in ids]}
+
+        trainer._tokenize_prompts = with_token_types
+
+    def interrupt_within_an_optimizer_step(trainer):
+        trainer._step = 1
+
+    def change_accumulation(trainer):
+        trainer.args.gradient_accumulation_steps = 1
+
+    def train_out_of_step(misalign):
+        """The optimizer steps have two training steps, which run together."""
+        trainers = []
+
+        def change(trainer):
+            misalign(trainer)
+            trainers.append(trainer)
+
+        try:
+            steps = {"gradient_accumulation_steps": 2, "steps_per_generation": 2}
+            train(change=change, per_device_train_batch_size=2, **steps)
+        finally:
+            assert trainers[0]._shared_prefix_reduction is None, "a later `train` would go on with it"
 
     class Processor(ProcessorMixin):
         def __init__(self, tokenizer):
@@ -251,10 +290,11 @@ def print_refusals(algorithm: str, folder: str) -> None:
     ):
         defaults = {"num_generations": 2, "per_device_train_batch_size": 4, "max_completion_length": 4, "max_steps": 1}
         defaults |= {"output_dir": tempfile.mkdtemp(), "use_cpu": True, "bf16": False, "report_to": []}
+        defaults |= {"shared_prefix": True, "save_strategy": "no"}
         trainer = trainer_class(
             model=model or AutoModelForCausalLM.from_pretrained(folder),
             reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
-            args=stock_config(shared_prefix=True, save_strategy="no", **(defaults | arguments)),
+            args=stock_config(**(defaults | arguments)),
             train_dataset=dataset,
             processing_class=processing_class,
             peft_config=peft_config,
@@ -313,17 +353,24 @@ def print_refusals(algorithm: str, folder: str) -> None:
     cases = {
         "none": train,
         "experts": functools.partial(train_experts, router_aux_loss_coef=0.0),
+        "adapter in mixed precision": functools.partial(train, peft_config=LoraConfig(), bf16=True),
+        "own log-probabilities, flag off": functools.partial(train, trainer_class=OwnLogps, shared_prefix=False),
         "torch_compile": functools.partial(train, torch_compile=True),
         "lomo": functools.partial(train, optim="lomo"),
         "layerwise": functools.partial(train, optim="galore_adamw_layerwise"),
         "longest position": train_on_padding_beyond_the_switch,
+        "absolute positions": functools.partial(train, change=get_padded_groups_by_position),
         "num_generations": functools.partial(train, per_device_train_batch_size=1, steps_per_generation=4),
         "steps_per_generation": functools.partial(train, gradient_accumulation_steps=3, steps_per_generation=2),
         "vision-language": functools.partial(train, processing_class=Processor(tokenizer)),
         "auxiliary loss": train_experts,
         "_compute_loss": functools.partial(train, trainer_class=OwnLoss),
         "_get_per_token_logps_and_entropies": functools.partial(train, trainer_class=OwnLogps),
-        "_prepare_inputs": functools.partial(train, change=replace_inputs),
+        "_prepare_inputs": functools.partial(train, change=replace("_prepare_inputs")),
+        "compute_loss_context_manager": functools.partial(train, change=replace("compute_loss_context_manager")),
+        "token_type_ids": functools.partial(train, change=add_token_types),
+        "optimizer step begins": functools.partial(train_out_of_step, interrupt_within_an_optimizer_step),
+        "or ends within": functools.partial(train_out_of_step, change_accumulation),
         "FSDP": train_sharded,
         "lora_dropout": functools.partial(train, peft_config=LoraConfig(lora_dropout=0.1)),
         "reentrant": functools.partial(train, **reentrant),
@@ -447,6 +494,17 @@ def test_shared_prefix_matches_upstream_in_float64(run_equal, stage):
     reference = run_equal("upstream", {}, dtype="float64")
     assert_is_a_test(reference)
     assert_same(run_equal(f"shared-prefix@{stage}", {}, dtype="float64"), reference, TOLERANCE["float64"])
+
+
+def test_an_adapter_in_mixed_precision_is_sampled_from_as_upstream_does(run_equal):
+    """accelerate's autocast is around PEFT's forward, which training calls, and not around what `generate` calls."""
+    settings = {"lora_rank": 4, "learning_rate": 3e-3}
+    reference, ours = (run_equal(variant, {"bf16": True}, **settings) for variant in ("upstream", "shared-prefix"))
+    assert torch.equal(ours["generate0.sequences"], reference["generate0.sequences"])
+    assert ours.keys() == reference.keys()
+    for name in (name for name in reference if name.startswith("step0.grad")):
+        error = (ours[name] - reference[name]).norm() / reference[name].norm().clamp(min=1e-6)
+        assert error < 0.1, name  # bfloat16; a step of another sample would have another gradient
 
 
 HARD = {"epsilon": 1e-3, "epsilon_high": 2e-3, "mask_truncated_completions": True, "max_grad_norm": 0.05}
@@ -586,6 +644,7 @@ def refusals(probe_model) -> dict[str, str | None]:
         ("lomo", "NotImplementedError", "Choose another `optim`"),
         ("layerwise", "NotImplementedError", "Choose another `optim`"),
         ("longest position", "NotImplementedError", "Keep all lengths on one side"),
+        ("absolute positions", "NotImplementedError", "Give the prompts of a batch one length"),
         ("num_generations", "ValueError", "Raise gradient_accumulation_steps"),
         ("steps_per_generation", "ValueError", "divisible by the other"),
         ("vision-language", "NotImplementedError", "Pass a tokenizer and a text model"),
@@ -593,6 +652,10 @@ def refusals(probe_model) -> dict[str, str | None]:
         ("_compute_loss", "NotImplementedError", "Override `_compute_per_sequence_loss`"),
         ("_get_per_token_logps_and_entropies", "NotImplementedError", "Override `_compute_per_sequence_loss`"),
         ("_prepare_inputs", "NotImplementedError", "Override `_compute_per_sequence_loss`"),
+        ("compute_loss_context_manager", "NotImplementedError", "Override `_compute_per_sequence_loss`"),
+        ("token_type_ids", "NotImplementedError", "see `chat_template_kwargs`"),
+        ("optimizer step begins", "RuntimeError", "Make a new trainer"),
+        ("or ends within", "RuntimeError", "Make a new trainer"),
         ("FSDP", "NotImplementedError", "Use a single process, DDP or DeepSpeed ZeRO-2"),
         ("lora_dropout", "NotImplementedError", "`lora_dropout=0`"),
         ("reentrant", "NotImplementedError", '"use_reentrant": False'),
@@ -606,7 +669,9 @@ def test_what_is_not_exact_is_refused_with_the_way_out(refusals, case, error, wa
     assert refusals[case].startswith(f"{error}: ") and case in refusals[case] and way_out in refusals[case]
 
 
-@pytest.mark.parametrize("case", ["none", "experts", "no self-check"])
+@pytest.mark.parametrize(
+    "case", ["none", "experts", "no self-check", "adapter in mixed precision", "own log-probabilities, flag off"]
+)
 def test_what_is_exact_is_not_refused(refusals, case):
     assert refusals[case] is None
 
