@@ -42,6 +42,7 @@ print(json.dumps({
     "tiled": queries([one, two], 3),
     "repeat": ids.repeat(3, 1).tolist(),
     "token_ids": queries({"input_ids": ids}, 3),
+    "token_ids_with_text": queries({"input_ids": ids, "prompt": ["another", "text"]}, 3),
     "conversation": queries([[{"role": "user", "content": "Hello"}]]),
     "conversation_text": tokenizer("<user>Hello<assistant>")["input_ids"],
     "empty": queries([one, ""]),
@@ -63,7 +64,7 @@ def test_text_is_repeated_in_the_order_of_the_token_ids(found):
 
 
 def test_token_ids_keep_their_ids(found):
-    assert found["token_ids"] == found["repeat"]
+    assert found["token_ids"] == found["token_ids_with_text"] == found["repeat"]
 
 
 def test_nothing_is_cut_by_a_tokenizer_that_could(found):
