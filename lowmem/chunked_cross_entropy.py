@@ -21,7 +21,8 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def compute_dtype(hidden: torch.Tensor) -> torch.dtype:
     device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    is_cast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64  # as PyTorch's own operators
+    return torch.get_autocast_dtype(device) if is_cast else hidden.dtype
 
 
 def _chunks(length: int, size: int):
@@ -161,8 +162,8 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def argmax_rows(hidden, index, weight, tile: tuple[int, int], dtype) -> torch.Tensor:
-    """`(hidden[index] @ weight.T).argmax(-1)`, (N,)."""
-    best = torch.empty_like(index)
+    """`(hidden[index] @ weight.T).argmax(-1)`, (N,); 0 where no score is a number."""
+    best = torch.zeros_like(index)
     for rows in _chunks(index.shape[0], tile[0]):
         chunk = hidden[index[rows]].to(dtype)
         value = torch.full(chunk.shape[:1], -torch.inf, dtype=dtype, device=hidden.device)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers.utils import ModelOutput
 
 
@@ -35,7 +36,7 @@ def _tile(hidden, weight, bias, temperature, softcap, logit_scale):
 class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, softcap, logit_scale, chunk_tokens):
-        if torch.is_autocast_enabled(hidden.device.type):
+        if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:  # as PyTorch's operators
             compute_dtype = torch.get_autocast_dtype(hidden.device.type)
         else:
             compute_dtype = hidden.dtype
@@ -62,6 +63,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         return logps, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_logps, grad_entropy):
         hidden, weight, bias, targets, log_z, entropy = ctx.saved_tensors
         temperature, softcap, logit_scale = ctx.settings
@@ -129,7 +131,7 @@ def chunked_logprobs(
     ```
 
     but allocates two tiles of `chunk_tokens * V` (three with a soft cap) instead of several of `N * V`. Both results
-    carry gradients. bfloat16 and float16 inputs are projected in their type; statistics and sums are float32.
+    carry gradients, once (no second derivative). bfloat16 and float16 inputs are projected in their type; statistics and sums are float32.
 
     Args:
         hidden: (N, H)
@@ -195,11 +197,15 @@ def add_logprob_head(model: nn.Module) -> None:
             "log-probabilities cannot be computed in chunks. Leave the chunk size unset, or adapt other layers."
         )
     config = model.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
+    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
     logit_scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     plain_forward = getattr(model.forward, "__func__", None)
     if plain_forward is None:
-        raise ValueError("the model's forward was replaced by a plain function; call add_logprob_head before that")
+        raise ValueError(
+            "the model's forward was replaced by a plain function (accelerate does so with a model on several devices); "
+            "call add_logprob_head before that, or leave the chunk size unset"
+        )
+    own_forward = vars(model).get("forward")
 
     # `wraps` keeps the signature: `generate` asks it for logits_to_keep, and without it the prefill would compute the
     # logits of the whole prompt. The function is unbound, so that a deep copy of the model calls its own weights.
@@ -234,6 +240,8 @@ def add_logprob_head(model: nn.Module) -> None:
         _verify_logprob_head(model)
     except Exception:
         del model.forward, model._has_logprob_head
+        if own_forward is not None:
+            model.forward = own_forward
         raise
 
 

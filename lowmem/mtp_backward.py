@@ -80,7 +80,7 @@ def sequential_mtp_backward(
 
     Raises:
         ValueError: as `mtp_ce_loss`; for reduction "none", which has no backward of its own; for a `loss_scale` that
-            is not finite; for a head that changes the shape.
+            is not finite; for weights that require a gradient; for a head that changes the shape.
     """
     check_reduction(reduction)
     if reduction == "none":
@@ -89,6 +89,8 @@ def sequential_mtp_backward(
         raise ValueError(f"loss_scale is {loss_scale}; it must be finite")
     targets = shift_labels(labels, attention_mask, len(heads))
     weights = prediction_weights(weights, targets)
+    if weights is not None and weights.requires_grad:
+        raise ValueError("weights require a gradient, which is not computed here; detach them, or use `mtp_ce_loss`")
     output = trunk_output.detach().requires_grad_(trunk_output.requires_grad)
     lm_heads = per_head(output, weight, targets)[1]
     check_vocabulary(targets, lm_heads[0].shape[0])

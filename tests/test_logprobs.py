@@ -1,6 +1,7 @@
 """Chunked log-probabilities against the plain computation: values, gradients, models, adapters, and the memory."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -221,3 +222,29 @@ def test_peak_does_not_depend_on_the_number_of_tokens(softcap, tiles):
     small, large = peak(64), peak(1024)
     assert small <= tiles * tile + 2 * weight_gradient + 64 * 200
     assert large - small <= (1024 - 64) * (hidden_size * 4 + 80)
+
+
+def test_a_second_derivative_is_an_error():
+    """It would lack the part through the normaliser, without a word."""
+    hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(11, 8)
+    logps, entropy = chunked_logprobs(hidden, weight, torch.arange(5))
+    (grad,) = torch.autograd.grad((logps + 0.1 * entropy).sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        grad.sum().backward()
+
+
+def test_float64_stays_float64_under_autocast():
+    hidden, weight = torch.randn(5, 8, dtype=torch.float64), torch.randn(11, 8, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        logps, _ = chunked_logprobs(hidden, weight, torch.arange(5))
+        expected = (hidden @ weight.T).log_softmax(-1).gather(-1, torch.arange(5)[:, None])[:, 0]
+    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-12)
+
+
+def test_a_refused_model_keeps_a_forward_of_its_own():
+    model = AutoModelForCausalLM.from_config(CONFIGS["qwen3"])
+    model.lm_head.register_forward_hook(lambda module, args, output: output * 2)  # not known to the chunks
+    model.forward = own = types.MethodType(type(model).forward, model)
+    with pytest.raises(ValueError, match="not known here"):
+        add_logprob_head(model)
+    assert vars(model)["forward"] is own

@@ -241,6 +241,7 @@ def test_the_head_gradient_is_not_held_twice():
         ({"heads": [nn.Linear(8, 4)]}, r"head 1 returned \(2, 5, 4\)"),
         ({"labels": torch.zeros(2, 6, dtype=torch.long)}, "hidden states are"),
         ({"weights": torch.ones(3)}, "of heads"),
+        ({"weights": torch.ones(2, requires_grad=True)}, "weights require a gradient"),
     ],
 )
 def test_bad_input_ends_in_a_sentence(change, message):
