@@ -24,6 +24,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import yaml  # noqa: E402
 from run_matrix import default_workload, workload_path  # noqa: E402
 from train import environment, machine, write_record  # noqa: E402
 
@@ -77,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         made_with = {
             "options": options,
             "trees": [variants.tree_of(variant).commit for variant in args.variants],
+            "workload": yaml.safe_load(config.read_text()),
             "machine": machine(env),
             "num_threads": env["num_threads"],
         }
@@ -85,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         entries = json.loads(path.read_text()) if path.exists() else {}
         entry = entries.get(key)
         stale = entry is None or any(entry.get(name) != value for name, value in made_with.items())
-        if stale or variants.lowmem_changed(entry["env"]["lowmem_sha256"]):
+        if stale or variants.lowmem_changed(entry["lowmem_sha256"]):
             entry = {**made_with, "pairs_s": [], "phase_pairs_s": []}
         while len(entry["pairs_s"]) < args.pairs:
             records = [measure(variant, args.k, config, options) for variant in args.variants]
@@ -100,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
                     max(records[-1]["tokens"][f"{part}_tokens_per_row"]) for part in ("prompt", "completion")
                 ],
                 "completion_tokens": [sum(record["tokens"]["completion_tokens_per_row"]) for record in records],
+                "lowmem_sha256": records[0]["env"]["lowmem_sha256"] | records[1]["env"]["lowmem_sha256"],
                 "env": records[-1]["env"],
                 "measured_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             }

@@ -54,8 +54,8 @@ def unfinished_reason(path: Path, command: list[str], workload: dict, commit: st
         stage = record["env"]["tree"] if record.get("env") else None
     except (ValueError, AttributeError, KeyError):
         return "its record is half-written"
-    if record.get("status") == "oom" and record.get("config") is None:
-        return None  # ended by the kernel before it could write its own record; nothing to compare
+    if record.get("status") == "oom" and record.get("config") is None:  # ended by the kernel, which left the command
+        return None if record["command"][1:] == command[1:] else "its settings were others"
     # The as-published exhibit always ends as an error, because it changes prompts; it is done when it was measured.
     measured = bool((record.get("summary") or {}).get("step_time_s"))
     if record.get("status") not in DONE and not (measured and stage["stage"] == "as-published"):

@@ -51,8 +51,8 @@ def parse_config(argv: list[str]):
     stage = variants.activate(variant)
     from trl import TrlParser
 
-    (config,) = TrlParser(ExperimentConfig).parse_args_and_config(argv)
-    if config.variant != variant:  # argparse also takes abbreviations, which came too late to choose the tree
+    (config,) = TrlParser(ExperimentConfig, allow_abbrev=False).parse_args_and_config(argv)
+    if config.variant != variant:
         raise ValueError(f"the variant {config.variant!r} was not given as --variant or `variant:`; write it in full")
     return config, stage
 
@@ -194,6 +194,7 @@ def train(config: ExperimentConfig, stage, record: dict) -> None:
             with meter, products if config.memory is not None else contextlib.nullcontext():
                 trainer.train()
     finally:
+        lift_budget()  # what is left allocates for the record only
         watch.enter("other")
         summary |= {
             "rss_peak_bytes": status_kib("VmHWM") * 1024,

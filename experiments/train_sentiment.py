@@ -53,7 +53,7 @@ def parse_config(argv: list[str]):
     stage = variants.activate(chosen.get("tree") or TREES.get(algorithm, TREES["ppo"]))
     from trl import TrlParser
 
-    (config,) = TrlParser(SentimentConfig).parse_args_and_config(argv)
+    (config,) = TrlParser(SentimentConfig, allow_abbrev=False).parse_args_and_config(argv)
     if config.algorithm != algorithm:  # argparse also takes abbreviations, which came too late to choose the tree
         raise ValueError(f"the algorithm {config.algorithm!r} was not given as --algorithm; write it in full")
     needed = variants.split_variant(TREES[config.algorithm])[0]
@@ -292,6 +292,7 @@ def main(argv: list[str]) -> int:
         record["error"] = " ".join(text.split())[:1000]
         traceback.print_exc()
         print(f"train_sentiment.py: {record['error']}", file=sys.stderr)
+    record["env"]["lowmem_sha256"] = variants.lowmem_sha256(variants.loaded_lowmem())
     record["wall_s"] = time.perf_counter() - start
     write_record(path, record)
     if record["status"] == "ok":

@@ -54,13 +54,15 @@ def test_another_machine_is_another_entry(compared):
     assert {entry["machine"] for entry in after.values()} == {"one CPU", "another CPU"}
 
 
-@pytest.mark.parametrize("changed", ["num_threads", "trees", "library"])
+@pytest.mark.parametrize("changed", ["num_threads", "trees", "workload", "library"])
 def test_what_was_made_otherwise_is_measured_again(compared, monkeypatch, changed):
     compared(1)
     if changed == "num_threads":
         compare_time.environment()["num_threads"] = 2
     elif changed == "trees":
         monkeypatch.setattr(compare_time.variants, "tree_of", lambda variant: type("Tree", (), {"commit": "new"}))
+    elif changed == "workload":
+        monkeypatch.setattr(compare_time.yaml, "safe_load", lambda text: {"prompt_tokens": 8192})
     else:
         monkeypatch.setattr(variants, "lowmem_changed", lambda recorded: True)
     (entry,) = compared(1).values()

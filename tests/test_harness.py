@@ -247,6 +247,7 @@ def test_a_run_that_cuts_prompts_or_mixes_groups_fails(tmp_path):
     [
         (["--variant=x"], "unknown variant 'x'"),
         (["--rloo_k=1"], "needs at least 2 completions"),
+        (["--rloo=8"], "--rloo=8"),
     ],
 )
 def test_bad_command_lines_end_in_a_sentence(tmp_path, options, message):
@@ -283,6 +284,8 @@ def test_finished_runs_are_skipped_and_others_are_made_again(tmp_path):
     gone = {"lowmem_sha256": {"no_such_file.py": "0"}}
     assert reason(env=patched | gone) == "lowmem has changed since"
     assert reason(status="oom", config=None) is None, "ended by the kernel, without a record of its own"
+    others = reason(status="oom", config=None, command=[*command, "--prompt_tokens", "8192"])
+    assert others == "its settings were others"
     exhibit = {"tree": {"commit": commit, "stage": "as-published"}}
     assert reason(status="error", env=exhibit, summary={"step_time_s": [1.0]}) is None
     path.write_text('{"status": "ok", ')

@@ -82,6 +82,12 @@ class SentimentConfig:
             raise ValueError(f"{self.adapter} is no folder of an adapter: it has no adapter_config.json")
         if not self.prompts or not all(isinstance(p, str) and p.strip() for p in self.prompts):
             raise ValueError(f"prompts are {self.prompts!r}; at least one is needed, and none may be empty")
+        for number, prompt in enumerate(self.prompts):
+            if any(other.startswith(prompt) for at, other in enumerate(self.prompts) if at != number):
+                raise ValueError(
+                    f"the prompt {prompt!r} begins another one, or is twice in prompts: which of them a text continues "
+                    "could not be told apart. Leave one out"
+                )
         word_finder(self.target_words)
         self._check_batches()
 
