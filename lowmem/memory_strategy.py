@@ -151,6 +151,11 @@ def check_memory_settings(settings: MemorySettings, num_processes: int, *, has_a
             f"memory.oom_recovery and {other} contradict each other: a repeated part would leave the other processes "
             "waiting, or DeepSpeed with half a gradient. Turn one of them off."
         )
+    if settings.oom_recovery and settings.activation_offloading:
+        raise MemorySettingsError(
+            "memory.oom_recovery and memory.activation_offloading contradict each other: what a failed attempt "
+            "offloaded would be kept. Turn one of them off; gradient_checkpointing_ratio saves the same memory."
+        )
     if settings.activation_offloading and not has_accelerator:
         raise MemorySettingsError(
             "memory.activation_offloading needs an accelerator to offload from, and there is none"

@@ -54,6 +54,16 @@ def is_attention_op(op) -> bool:
     return any(name in str(op) for name in _ATTENTION_NAMES)
 
 
+def _dropout(op, args, kwargs) -> float:
+    """The rate that an attention operator is called with."""
+    named = {argument.name: value for argument, value in zip(op._schema.arguments, args)} | kwargs
+    return named.get("dropout_p") or 0.0
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
 class _SelectivePolicy:
     """Keeps what attention modules return from matrix products and attention operators; the rest is recomputed.
 
@@ -62,6 +72,7 @@ class _SelectivePolicy:
 
     def __init__(self):
         self.is_in_attention = False
+        self.kept: set[int] = set()  # storages of the products kept in the layer at hand
         self.num_layers = self.num_attention_ops = 0
 
     def watch(self, attention: nn.Module) -> None:
@@ -77,16 +88,33 @@ class _SelectivePolicy:
     def __call__(self, ctx, op, *args, **kwargs) -> CheckpointPolicy:
         if is_attention_op(op):
             self.num_attention_ops += 1
-            return CheckpointPolicy.MUST_SAVE
+            # With dropout it draws random numbers; kept, it would leave those of the layer to what comes after it
+            return CheckpointPolicy.PREFER_RECOMPUTE if _dropout(op, args, kwargs) else CheckpointPolicy.MUST_SAVE
         if self.is_in_attention and op in _PRODUCTS:
+            if not ctx.is_recompute:
+                self.kept.add(_storage(ctx.op_output))
             return CheckpointPolicy.MUST_SAVE
+        if op._schema.is_mutable and not ctx.is_recompute:
+            self._refuse_change_of_kept(op, args)
         return CheckpointPolicy.PREFER_RECOMPUTE
+
+    def _refuse_change_of_kept(self, op, args) -> None:
+        """torch keeps the tensor and no copy, and the recomputation would change it a second time."""
+        for argument, value in zip(op._schema.arguments, args):
+            is_written = argument.alias_info is not None and argument.alias_info.is_write
+            if is_written and isinstance(value, torch.Tensor) and _storage(value) in self.kept:
+                raise NotImplementedError(
+                    f"selective_checkpointing keeps the matrix products of attention, and {op} changes one in place "
+                    "(AdaLoRA and a few other adapters, `clip_qkv`): the recomputation would change it again. Turn "
+                    "selective_checkpointing off, which recomputes whole layers, or use plain LoRA."
+                )
 
     def contexts(self):
         """`context_fn` of one checkpointed layer."""
         if not torch.is_grad_enabled():  # `checkpoint` then enters neither context, and nothing is seen
             return nullcontext(), nullcontext()
         self.is_in_attention = False  # a recomputation stops early, inside a module
+        self.kept.clear()
         if self.num_layers and not self.num_attention_ops:
             if self.num_layers == 1:
                 warn_nothing_to_keep("ran no attention operator that could be kept")
@@ -153,8 +181,17 @@ def recompute_activations(model: nn.Module, *, ratio: float = 1.0, selective: bo
             options["context_fn"] = policy.contexts
     function = functools.partial(checkpoint, **options)
 
-    def enable(gradient_checkpointing_kwargs: dict | None = None, **_) -> None:
-        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+    def enable(gradient_checkpointing_kwargs: dict | None = None, **others) -> None:
+        options = gradient_checkpointing_kwargs or {}
+        others |= {name: value for name, value in options.items() if name != "use_reentrant"}
+        if others.get("every_n_layers") == 1:  # transformers' default, which is what `ratio` decides
+            del others["every_n_layers"]
+        if ignored := {name: value for name, value in others.items() if value}:
+            raise ValueError(
+                f"gradient_checkpointing_ratio and selective_checkpointing decide what is recomputed, and would ignore "
+                f"{ignored}. Leave one or the other out."
+            )
+        if options.get("use_reentrant"):
             raise ValueError(
                 "gradient_checkpointing_ratio and selective_checkpointing need non-reentrant checkpointing. Leave "
                 "`use_reentrant` out of `gradient_checkpointing_kwargs`, or set it to False."

@@ -35,7 +35,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from lowmem.shared_prefix_checks import STATIC_ROPE_TYPES, transformers_model
+from lowmem.shared_prefix_checks import LEARNED_POSITIONS, STATIC_ROPE_TYPES, adapter_reasons, transformers_model
 
 ATTENTION = "lowmem_sequence_parallel"
 LONG_ROW = 1024  # tokens from which on padded rows are scored without a dense mask, which has 1 MiB per row here
@@ -139,6 +139,8 @@ def sequence_attention(module, query, key, value, attention_mask, sequence_peers
             "a split attention takes neither a mask nor dropout: the mask would have S x S entries, and peers would "
             "draw different numbers. Pass no attention_mask to the model and set dropout to 0."
         )
+    if torch.is_autocast_enabled(query.device.type):  # which the operators below do not all see
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     pair = sequence_peers.gather(torch.cat([key, value], -1), 2)  # (B, Hk, S, 2 D)
     end = (sequence_peers.rank + 1) * query.shape[2]  # later keys are in the future of every query here
     keys, values = pair[:, :, :end, : key.shape[-1]], pair[:, :, :end, key.shape[-1] :]
@@ -160,7 +162,7 @@ def padding_mask(batch_size: int, q_length: int, kv_length: int, **kwargs):
 
 def _attention_of_padded_rows(query, keys, values, mask, scale):
     """Causal attention (B, S, H, D) of whole rows, each over its own tokens; 0 on padding."""
-    output = torch.zeros_like(query)
+    output = values.new_zeros(*query.shape[:-1], values.shape[-1])
     for row, (first, length) in enumerate(zip(mask.int().argmax(1).tolist(), mask.sum(1).tolist())):
         own = (slice(row, row + 1), slice(None), slice(first, first + length))
         if length:
@@ -237,6 +239,7 @@ def why_not_split(model: nn.Module) -> list[str]:
         reasons.append(
             "The mixture-of-experts auxiliary loss would see a part of the tokens. Set its coefficient to 0."
         )
+    reasons += adapter_reasons(model)
     if getattr(text, "attention_dropout", 0):
         reasons.append("Attention dropout is on, and peers would draw different numbers. Set it to 0.")
     return reasons
@@ -252,7 +255,13 @@ def split_attention(model: nn.Module) -> None:
         raise NotImplementedError("The sequence cannot be split exactly here. " + " ".join(reasons))
     AttentionInterface.register(ATTENTION, sequence_attention)
     AttentionMaskInterface.register(ATTENTION, padding_mask)  # without it, generation would lose its padding mask
-    transformers_model(model).set_attn_implementation(ATTENTION)
+    inner = transformers_model(model)
+    inner.set_attn_implementation(ATTENTION)
+    if inner.config._attn_implementation != ATTENTION:  # transformers only warns
+        raise NotImplementedError(
+            f"{type(inner).__name__} does not ask transformers for its attention function, so its sequences cannot be "
+            "split. Turn sequence parallelism off for this model."
+        )
 
 
 def score_shard(model, inputs, labels, *, temperature: float = 1.0):
@@ -283,6 +292,7 @@ def sequence_logps(
 
     Raises:
         ValueError: if a row's ones are interrupted.
+        NotImplementedError: if positions are learned and a padded row would need more of them.
     """
     num_rows, num_tokens = input_ids.shape
     mask = attention_mask.bool()
@@ -297,6 +307,12 @@ def sequence_logps(
     ids = input_ids.gather(1, places.clamp(max=num_tokens - 1)).masked_fill(~inside, 0)
     is_label = inside & (places >= num_tokens - num_completion_tokens)
     labels = F.pad(ids.masked_fill(~is_label, -100)[:, 1:], (0, 1), value=-100)  # shifted before the split
+    text = transformers_model(model).config.get_text_config(decoder=True)
+    if text.model_type in LEARNED_POSITIONS and int(places.max()) >= text.max_position_embeddings:
+        raise NotImplementedError(
+            f"rows that start at {int(first.max())} and are rounded up to {size * peers.size} tokens reach positions "
+            f"beyond the {text.max_position_embeddings} that the model has learned. Shorten prompts or completions."
+        )
     own = slice(peers.rank * size, (peers.rank + 1) * size)
     inputs = {"input_ids": ids[:, own], "position_ids": places[:, own], "sequence_peers": peers}
     logps, entropies = forward(model, inputs, labels[:, own])
@@ -327,6 +343,8 @@ def check_sequence_logps(
 ) -> float:
     """Largest difference in nats between the split computation and `whole_logps` (B, C), computed by one process.
 
+    Call it under the autocast that `forward` uses, which decides what is rounding.
+
     Raises:
         SequenceMismatch: if it is more than rounding: training would go on with wrong numbers, for example because the
             model does not hand `sequence_peers` to its attention.
@@ -334,7 +352,8 @@ def check_sequence_logps(
     logps, _ = sequence_logps(model, peers, input_ids, attention_mask, num_completion_tokens, forward)
     is_scored = attention_mask[:, -num_completion_tokens:].bool()
     error = (logps - whole_logps).masked_fill(~is_scored, 0.0).abs().max().item()
-    dtype = next(model.parameters()).dtype if not torch.is_autocast_enabled() else torch.bfloat16
+    is_autocast = torch.is_autocast_enabled(input_ids.device.type)
+    dtype = torch.get_autocast_dtype(input_ids.device.type) if is_autocast else next(model.parameters()).dtype
     if not error <= LOGP_TOLERANCE.get(dtype, 0.3):
         raise SequenceMismatch(
             f"Log-probabilities of the split sequence differ from those of the whole by {error:.3g} nats. Nothing was "

@@ -103,18 +103,18 @@ def _architecture_reasons(inner: PreTrainedModel) -> list[str]:
     return reasons
 
 
-def active_noise(model: nn.Module, names: tuple[str, ...] = _NOISE_NAMES) -> dict[str, float]:
+def active_noise(model: nn.Module) -> dict[str, float]:
     """Rates above 0 of random disturbances in modules that are in training mode, by where they are kept.
 
-    A rate is an attribute whose name holds one of `names`, also a dict of them by adapter (PEFT's LoHa and LoKr), and
+    A rate is an attribute whose name holds one of `_NOISE_NAMES`, also a dict of them by adapter (PEFT's LoHa and LoKr), and
     the `p` of a module whose class has such a name (torch's dropout, PEFT's multiplicative one).
     """
     found = {}
     for path, module in model.named_modules():
         if not module.training:
             continue
-        rates = {name: value for name, value in vars(module).items() if any(part in name for part in names)}
-        if any(part in type(module).__name__.lower() for part in names):
+        rates = {name: value for name, value in vars(module).items() if any(part in name for part in _NOISE_NAMES)}
+        if any(part in type(module).__name__.lower() for part in _NOISE_NAMES):
             rates["p"] = getattr(module, "p", None)
         for name, value in rates.items():
             by_adapter = {f"{name}.{key}": rate for key, rate in value.items()} if isinstance(value, dict) else {}
@@ -170,6 +170,12 @@ def _wrapper_reasons(model: nn.Module) -> list[str]:
             "The model is compiled by `torch.compile`, with which the shared prefix is not shown exact. Pass the "
             "uncompiled model."
         )
+    return reasons + adapter_reasons(model)
+
+
+def adapter_reasons(model: nn.Module) -> list[str]:
+    """Reasons why an adapter would not treat the parts of a sequence as it treats the whole."""
+    reasons = []
     adapters = getattr(model, "peft_config", None) or {}
     if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
         reasons.append(
@@ -269,5 +275,11 @@ def _refuse(reasons: list[str]) -> None:
 
 
 def weight_versions(parameters: Iterable[nn.Parameter]) -> list[tuple[int, bool]]:
-    """What changes when a weight is written in place, or when an adapter is switched on or off."""
+    """What changes when a weight is written in place, or when an adapter in training is switched on or off."""
     return [(parameter._version, parameter.requires_grad) for parameter in parameters]
+
+
+def adapter_states(model: nn.Module) -> list[tuple]:
+    """What changes when an adapter is switched on or off, also one that is frozen, or merged (PEFT, layer by layer)."""
+    layers = (module for module in model.modules() if hasattr(module, "merged_adapters"))
+    return [(layer.disable_adapters, *layer.active_adapters, *layer.merged_adapters) for layer in layers]

@@ -17,7 +17,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lowmem.shared_prefix_checks import refuse_inexact, refuse_inexact_lengths, transformers_model, weight_versions
+from lowmem.shared_prefix_checks import (
+    adapter_states,
+    refuse_inexact,
+    refuse_inexact_lengths,
+    transformers_model,
+    weight_versions,
+)
 from lowmem.shared_prefix_distributed import is_sharded, refuse_unreduced, reshard
 
 # (model, inputs, labels) -> log-probabilities (m, R) and entropies (m, R) or None. `inputs` go to the model's forward
@@ -177,7 +183,7 @@ class SharedPrompt:
             refuse_unreduced(self.model)
         reshard(self.model)
         self._parameters = list(self.model.parameters())
-        self._weights = weight_versions(self._parameters)
+        self._weights, self._adapters = weight_versions(self._parameters), adapter_states(self.model)
         if self.prompt_ids.shape[0] > 1:
             self._roots = self._run_prompt()
         self._leaves = [root.detach().requires_grad_(root.requires_grad) for root in self._roots]
@@ -253,7 +259,8 @@ class SharedPrompt:
 
     def _check_weights(self) -> None:
         num_parameters = sum(1 for _ in self.model.parameters())  # FSDP2 replaces the objects, so these are kept
-        if num_parameters != len(self._parameters) or weight_versions(self._parameters) != self._weights:
+        is_same = num_parameters == len(self._parameters) and weight_versions(self._parameters) == self._weights
+        if not is_same or adapter_states(self.model) != self._adapters:
             raise RuntimeError(
                 "weights changed inside a SharedPrompt block: its prompt ran with other weights than its branches. "
                 "Step the optimizer and switch adapters only after the block."

@@ -21,8 +21,16 @@ from torch.utils.cpp_extension import get_default_build_root
 from transformers import TrainerCallback
 
 
+# Optimizers whose update of a weight depends on that weight's own gradients only, so that a part of a tensor is enough
+_ELEMENTWISE = frozenset({"AdamW", "Adam", "DeepSpeedCPUAdam", "FusedAdam", "SGD", "Adagrad", "RMSprop", "NAdam", "RAdam"})
+
+
 def zero2_config(*, offload: bool = True, bucket_elements: int = 5_000_000) -> dict:
     """A DeepSpeed configuration for `TrainingArguments(deepspeed=...)`, without a file.
+
+    A model whose weights are float32 is trained in bfloat16 where the trainer says `bf16=True` (TRL's default), with
+    float32 master weights: that is DeepSpeed's mixed precision, not autocast's, whose weights stay float32. Say
+    `bf16=False` for the numbers of a plain float32 run.
 
     Args:
         offload: keep gradient parts, float32 weights and AdamW's state on the host, and step there.
@@ -134,7 +142,7 @@ def check_zero2(optimizer, num_processes: int | None = None) -> dict[str, int]:
         num_processes: how many were asked for; None takes what runs.
 
     Raises:
-        NotSharded: if DeepSpeed is not active, the world is not as large as asked for, gradients are divided over a
+        NotSharded: if the optimizer is not one that works on parts, DeepSpeed is not active, the world is not as large as asked for, gradients are divided over a
             part of the world only (a mesh or sequence-parallel setting of DeepSpeed), or parts are larger than 1/N.
     """
     zero = zero_optimizer(optimizer)
@@ -144,6 +152,11 @@ def check_zero2(optimizer, num_processes: int | None = None) -> dict[str, int]:
             f"{num_processes} processes were asked for and {world} run. Start them with `torchrun --nproc_per_node "
             f"{num_processes}` (WORLD_SIZE is {os.environ.get('WORLD_SIZE', 'not set')}; `accelerate launch` with "
             "MULTI_CPU starts one whatever num_processes says)."
+        )
+    if (kind := type(zero.optimizer).__name__) not in _ELEMENTWISE:
+        raise NotSharded(
+            f"{kind} would run on a flat part of the weights of each process; one that looks at whole tensors (their "
+            f"shapes, norms or blocks) then gives other weights, without an error. Use one of {sorted(_ELEMENTWISE)}."
         )
     if not zero.partition_gradients:
         raise NotSharded("DeepSpeed runs ZeRO stage 1, which keeps whole gradients. Set `stage: 2`.")

@@ -254,6 +254,14 @@ def test_split_sequences_train_as_one_process(runs, settings):
 
 
 @SLOW
+def test_split_sequences_in_mixed_precision_are_not_refused(runs):
+    """TRL's default: float32 weights under autocast, whose rounding the check has to know."""
+    one_process, (result, _) = runs(1, bf16=True)[0], runs(2, bf16=True, **SPLIT)
+    norms = [[log["grad_norm"] for log in run["log"] if "grad_norm" in log] for run in (result, one_process)]
+    torch.testing.assert_close(torch.tensor(norms[0]), torch.tensor(norms[1]), rtol=0.1, atol=0.01)
+
+
+@SLOW
 @pytest.mark.parametrize(
     "settings",
     [
@@ -344,6 +352,8 @@ def test_a_fault_of_split_sequences_is_seen(runs, tmp_path, fault):
         ({"activation_offloading": True}, "there is no accelerator"),
         ({"activation_offloading": True, "shared_prefix": True}, "does not support `shared_prefix=True`"),
         ({"selective_checkpointing": True}, "Set `gradient_checkpointing=True`"),
+        ({"oom_recovery": True, "optim": "lomo"}, "steps in every backward pass"),
+        pytest.param({"oom_recovery": True, "activation_offloading": True}, "a failed attempt", marks=SLOW),
         pytest.param({"sequence_parallel_size": 2}, "1 process.*torchrun", marks=SLOW),
         pytest.param({"_trainer": "grpo", "activation_offloading": True}, "there is no accelerator", marks=SLOW),
         pytest.param(
@@ -365,6 +375,8 @@ def test_what_cannot_be_is_refused(tmp_path, settings, error):
     [
         (SPLIT | {"shared_prefix": True}, "does not support `shared_prefix=True`"),
         (SPLIT | {"oom_recovery": True}, "does not support `oom_recovery=True`"),
+        (SPLIT | {"neftune_noise_alpha": 5.0}, "does not support `neftune_noise_alpha`"),
+        (SPLIT | {"use_transformers_continuous_batching": True}, "needs an attention of its own"),
         (SPLIT | {"per_device_train_batch_size": 1}, "divisible by"),
     ],
     ids=str,

@@ -89,6 +89,7 @@ def test_what_is_set_by_hand_stays(override, processes, expected):
         ({"sequence_parallelism": True}, 1, "nobody to split with"),
         ({"oom_recovery": True, "grad_offload": True}, 1, "DeepSpeed"),
         ({"oom_recovery": True, "sequence_parallelism": 2}, 2, "sequence_parallelism contradict"),
+        ({"oom_recovery": True, "activation_offloading": True}, 1, "failed attempt"),
         ({"num_processes": 2}, 1, "torchrun --nproc_per_node 2"),
         ({"activation_offloading": True}, 1, "needs an accelerator"),
     ],

@@ -133,6 +133,10 @@ def test_other_errors_are_not_caught():
 def test_dropout_is_refused():
     with pytest.raises(NotImplementedError, match="attention_dropout"):
         OomRecovery(build(attention_dropout=0.1))
+    noisy = build()
+    noisy.get_input_embeddings().neftune_noise_alpha = 5.0  # as transformers' Trainer marks it
+    with pytest.raises(NotImplementedError, match="neftune_noise_alpha"):
+        OomRecovery(noisy)
 
 
 @pytest.mark.parametrize(

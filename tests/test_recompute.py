@@ -67,6 +67,45 @@ def train_once(model, inputs=None):
     return grads, forward.counts, backward.counts, held, meter.peak_bytes
 
 
+def test_a_kept_product_that_is_changed_in_place_is_an_error():
+    """torch keeps no copy, and the recomputation would change it a second time, without an error."""
+
+    class AddsInPlace(torch.nn.Linear):
+        def forward(self, x):
+            result = super().forward(x)
+            result += 1.0
+            return result
+
+    model = build()
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.__class__ = AddsInPlace
+    recompute_activations(model, selective=True)
+    with pytest.raises(NotImplementedError, match="changes one in place.*recomputes whole layers"):
+        train_once(model)
+
+
+def test_attention_with_dropout_is_recomputed():
+    """Kept, it would not draw its random numbers again, and what comes after it in the layer would draw them."""
+    model = build("llama")
+    model.config.attention_dropout = 0.5
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+        layer.mlp.register_forward_hook(lambda module, args, output: torch.nn.functional.dropout(output, 0.5))
+    torch.manual_seed(3)
+    reference = train_once(model)[0]
+    recompute_activations(model, selective=True)
+    torch.manual_seed(3)
+    assert_equal_gradients(train_once(model)[0], reference)
+
+
+@pytest.mark.parametrize("options", [{"offload": True}, {"every_n_layers": 2}], ids=str)
+def test_options_that_would_be_ignored_are_refused(options):
+    model = build()
+    recompute_activations(model, ratio=0.5)
+    with pytest.raises(ValueError, match="would ignore"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
 def assert_equal_gradients(ours, reference):
     assert ours.keys() == reference.keys()
     for name, expected in reference.items():

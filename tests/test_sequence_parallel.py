@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from lowmem.sequence_parallel import (
+    LONG_ROW,
     SequenceMismatch,
     SequencePeers,
     _causal_attention,
@@ -21,6 +23,7 @@ from lowmem.sequence_parallel import (
     exchange_rows,
     make_peers,
     score_shard,
+    sequence_attention,
     sequence_logps,
     split_attention,
     why_not_split,
@@ -334,7 +337,8 @@ def test_a_world_that_does_not_fit_is_an_error_that_names_the_launcher():
         make_peers(2)
 
 
-def test_what_is_not_exact_is_refused():
+def test_what_is_not_exact_is_refused(monkeypatch):
+    from peft import LoraConfig, get_peft_model
     from transformers import MistralConfig, MistralForCausalLM
 
     eager = build("qwen3")
@@ -347,6 +351,12 @@ def test_what_is_not_exact_is_refused():
     with pytest.raises(NotImplementedError, match="Attention dropout"):
         split_attention(build("qwen3", attention_dropout=0.1))
     assert why_not_split(build("qwen3")) == []
+    activated = LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[5], target_modules=["q_proj"])
+    assert any("activated LoRA" in reason for reason in why_not_split(get_peft_model(build("qwen3"), activated)))
+    own_attention = build("qwen3")
+    monkeypatch.setattr(type(own_attention), "set_attn_implementation", lambda self, name: None)
+    with pytest.raises(NotImplementedError, match="does not ask transformers for its attention function"):
+        split_attention(own_attention)
     shape = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     windowed = MistralForCausalLM(MistralConfig(**shape, **heads, sliding_window=8))
@@ -389,6 +399,26 @@ def test_long_padded_rows_are_scored_without_a_dense_mask():
     found = model.eval().generate(ids[:1], **options)
     model.set_attn_implementation("sdpa")
     assert torch.equal(found, model.generate(ids[:1], **options))
+
+
+def test_rows_beyond_the_learned_positions_are_refused():
+    """A row that starts late is rounded up to the longest one, and its padding would stand beyond the table."""
+    model = build("gpt2")
+    num_positions = model.config.max_position_embeddings
+    ids, mask = torch.ones(2, num_positions, dtype=torch.long), torch.ones(2, num_positions, dtype=torch.long)
+    mask[1, : num_positions // 2] = 0
+    with pytest.raises(NotImplementedError, match=f"beyond the {num_positions} that the model has learned"):
+        sequence_logps(model, SequencePeers(None, 0, 2), ids, mask, 4)
+
+
+def test_heads_whose_values_are_narrower_than_their_keys():
+    """As in multi-head latent attention."""
+    query, key, value = torch.randn(2, 3, LONG_ROW, 6), torch.randn(2, 3, LONG_ROW, 6), torch.randn(2, 3, LONG_ROW, 4)
+    mask = torch.ones(2, LONG_ROW, dtype=torch.bool)
+    mask[0, :5] = False
+    found, _ = sequence_attention(None, query, key, value, mask)
+    expected = F.scaled_dot_product_attention(query[1:], key[1:], value[1:], is_causal=True).transpose(1, 2)
+    torch.testing.assert_close(found[1:], expected)
 
 
 def test_a_hole_in_a_mask_is_an_error():

@@ -385,6 +385,17 @@ def test_an_adapter_switched_off_between_the_stages_is_caught():
             prompt.score(group.completions)
 
 
+@torch.no_grad()
+def test_a_frozen_adapter_switched_off_or_merged_between_the_stages_is_caught():
+    model, group = with_lora(init_lora_weights=False).requires_grad_(False), make_groups()[0]
+    with pytest.raises(RuntimeError, match="weights changed"), SharedPrompt(model, group.prompt_ids) as prompt:
+        with model.disable_adapter():
+            prompt.score(group.completions)
+    with pytest.raises(RuntimeError, match="weights changed"), SharedPrompt(model, group.prompt_ids) as prompt:
+        model.merge_adapter()
+        prompt.score(group.completions)
+
+
 def test_without_the_last_stage_the_gradient_is_wrong():
     model, groups = qwen3(), make_groups()
     loss_fn = Losses(model, groups).pg

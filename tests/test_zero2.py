@@ -211,13 +211,15 @@ def test_a_training_that_is_not_sharded_stops_at_its_start(tmp_path, processes, 
 class Fake:
     """As much of DeepSpeed's optimizer as the check looks at."""
 
-    def __init__(self, part: int, whole: int = 64, partition_gradients: bool = True, group=None):
+    def __init__(
+        self, part: int, whole: int = 64, partition_gradients: bool = True, group=None, kind=torch.optim.AdamW
+    ):
         self.single_partition_of_fp32_groups = [torch.zeros(part)]
         self.bit16_groups = [[torch.zeros(whole)]]
         self.real_dp_process_group = [group]
         self.partition_gradients = partition_gradients
         self.nccl_start_alignment_factor = 2
-        self.optimizer = torch.optim.AdamW(self.single_partition_of_fp32_groups)
+        self.optimizer = kind(self.single_partition_of_fp32_groups)
 
 
 @pytest.fixture
@@ -237,6 +239,7 @@ def test_a_sharded_optimizer_passes(world_of_two):
         (Fake(32, partition_gradients=False), 2, "stage 1"),
         (Fake(32, group="part"), 2, "1 of 2 processes.*drift apart"),
         (Fake(64), 2, "64 of 64 elements"),
+        (Fake(32, kind=torch.optim.Adafactor), 2, "Adafactor would run on a flat part"),
     ],
 )
 def test_what_is_not_sharded_is_an_error(world_of_two, optimizer, asked, reason):
