@@ -169,6 +169,7 @@ def test_shared_prefix_matches_upstream_in_float32(run_grpo, extra):
     "extra, settings", [({}, {}), ({"loss_type": "bnpo"} | ENTROPY, LORA | {"gradient_checkpointing": True})], ids=str
 )
 def test_shared_prefix_matches_upstream_in_two_processes(run_grpo, extra, settings):
+    settings = {"prompts_per_step": 4} | settings  # two groups of every process, in three training steps
     reference = run_grpo("upstream", extra, processes=2, **settings)
     assert_same(run_grpo("shared-prefix", extra, processes=2, **settings), reference, TOLERANCE["float64"])
     one_process = run_grpo("upstream", extra, **settings)

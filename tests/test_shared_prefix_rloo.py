@@ -17,6 +17,7 @@ import functools
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -439,17 +440,21 @@ def equal_runs(folder: Path, probe_model: Path):
 
 
 def assert_same(ours: dict, reference: dict, tolerance: float) -> None:
-    """Integer tensors equal, others within `tolerance`: absolute up to 1, relative above; the same keys in both."""
+    """Integer tensors equal, others within `tolerance`: absolute up to 1, relative above; the same keys in both.
+
+    The logged losses are what transformers adds up in float32, whose last digit may differ whatever the tolerance is.
+    """
     assert ours.keys() == reference.keys()
     for name, expected in reference.items():
         found = ours[name]
+        allowed = max(tolerance, 1e-6) if re.fullmatch(r"log\d+\.(train_)?loss", name) else tolerance
         assert found.shape == expected.shape, name
         if expected.dtype.is_floating_point:
             torch.testing.assert_close(
                 found.double(),
                 expected.double(),
-                rtol=tolerance,
-                atol=tolerance,
+                rtol=allowed,
+                atol=allowed,
                 equal_nan=True,
                 msg=lambda text, name=name: f"{name}: {text}",
             )
