@@ -7,8 +7,8 @@ run_matrix.py changes for its meters, and without the shared prefix's self-check
 figure is the median of its steps after the first, or its only step with `--steps 1` (for steps of minutes, beside
 which a warm-up is nothing). Quote the ratio, not the seconds. The pairs go to `<runs>/time_pairs.json`, one entry per
 comparison and machine, as soon as they are measured; pairs that were made with the same settings, threads, trees and
-library are not measured again. `completion_tokens` of an entry are those of both variants: v0.20.0 samples every completion to its
-full length, v1.16.0 ends it at an end-of-sequence token.
+library are not measured again. `completion_tokens` of an entry are those of both variants: v0.20.0 samples every
+completion to its full length, v1.16.0 ends it at an end-of-sequence token.
 """
 
 import argparse

@@ -8,7 +8,7 @@ case "${1:-}" in
 Usage: experiments/record_results.sh SET
 
 Makes every run behind the committed tables and charts and leaves the records in results/runs/SET; resumes where it
-stopped. Takes about 12 hours on 2 cores; the times need a machine that does nothing else. Draw them with
+stopped. Takes about 16 hours on 2 cores; the times need a machine that does nothing else. Draw them with
   ./visualize_results.sh --runs results/runs/SET --out results
 EOF
     [ -n "${1:-}" ] && exit 0 || exit 2 ;;

@@ -131,7 +131,8 @@ def chunked_logprobs(
     ```
 
     but allocates two tiles of `chunk_tokens * V` (three with a soft cap) instead of several of `N * V`. Both results
-    carry gradients, once (no second derivative). bfloat16 and float16 inputs are projected in their type; statistics and sums are float32.
+    carry gradients, once (no second derivative). bfloat16 and float16 inputs are projected in their type; statistics
+    and sums are float32.
 
     Args:
         hidden: (N, H)
@@ -202,8 +203,8 @@ def add_logprob_head(model: nn.Module) -> None:
     plain_forward = getattr(model.forward, "__func__", None)
     if plain_forward is None:
         raise ValueError(
-            "the model's forward was replaced by a plain function (accelerate does so with a model on several devices); "
-            "call add_logprob_head before that, or leave the chunk size unset"
+            "the model's forward was replaced by a plain function (accelerate does so with a model on several "
+            "devices); call add_logprob_head before that, or leave the chunk size unset"
         )
     own_forward = vars(model).get("forward")
 

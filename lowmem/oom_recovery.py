@@ -61,8 +61,9 @@ class OomRecovery:
     def __init__(self, model: nn.Module, max_events: int = 100):
         if noise := list(active_noise(model)):
             raise NotImplementedError(
-                f"Out-of-memory recovery needs a model without dropout and noise, but {len(noise)} rates are not 0, the "
-                f"first being {noise[0]}: parts of a micro-batch draw other random numbers than the whole. Set them to 0."
+                f"Out-of-memory recovery needs a model without dropout and noise, but {len(noise)} rates are not 0, "
+                f"the first being {noise[0]}: parts of a micro-batch draw other random numbers than the whole. Set "
+                "them to 0."
             )
         self.model, self.max_events = model, max_events
         self.max_rows: int | None = None

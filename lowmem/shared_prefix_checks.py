@@ -106,8 +106,8 @@ def _architecture_reasons(inner: PreTrainedModel) -> list[str]:
 def active_noise(model: nn.Module) -> dict[str, float]:
     """Rates above 0 of random disturbances in modules that are in training mode, by where they are kept.
 
-    A rate is an attribute whose name holds one of `_NOISE_NAMES`, also a dict of them by adapter (PEFT's LoHa and LoKr), and
-    the `p` of a module whose class has such a name (torch's dropout, PEFT's multiplicative one).
+    A rate is an attribute whose name holds one of `_NOISE_NAMES`, also a dict of them by adapter (PEFT's LoHa and
+    LoKr), and the `p` of a module whose class has such a name (torch's dropout, PEFT's multiplicative one).
     """
     found = {}
     for path, module in model.named_modules():

@@ -121,8 +121,8 @@ def _attend(module, query, key, value, attention_mask, scaling=None, softcap=Non
     layer, sinks = cache.layers[module.layer_idx], kwargs.get("s_aux")
     if isinstance(layer, SharedPromptLayer) and (key is not layer.returned[0] or value is not layer.returned[1]):
         raise NotImplementedError(
-            f"{type(module).__name__} changes keys and values after it read them from the cache, where the prompt's are "
-            "not changed. Pass `share_cache=False`, or generate without the shared prefix."
+            f"{type(module).__name__} changes keys and values after it read them from the cache, where the prompt's "
+            "are not changed. Pass `share_cache=False`, or generate without the shared prefix."
         )
     with torch.autocast(query.device.type, enabled=False):  # it would round the scores to half precision
         return _attention(layer, query, key, value, attention_mask, scaling, softcap, sinks), None

@@ -218,7 +218,10 @@ _checked: weakref.WeakKeyDictionary[nn.Module, set] = weakref.WeakKeyDictionary(
 def check_on_first_use(
     model: nn.Module, groups: Sequence["PromptGroup"], branch_forward: BranchForward, gradients: bool
 ) -> None:
-    """`check_shared_prefix` on one group, once per model and mode: attention, training, checkpointing, adapter, dtype."""
+    """`check_shared_prefix` on one group, once per model and mode.
+
+    The mode: attention, training, checkpointing, gradients, types and the adapter that is trained.
+    """
     mode = (
         transformers_model(model).config._attn_implementation,
         model.training,

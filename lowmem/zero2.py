@@ -22,7 +22,9 @@ from transformers import TrainerCallback
 
 
 # Optimizers whose update of a weight depends on that weight's own gradients only, so that a part of a tensor is enough
-_ELEMENTWISE = frozenset({"AdamW", "Adam", "DeepSpeedCPUAdam", "FusedAdam", "SGD", "Adagrad", "RMSprop", "NAdam", "RAdam"})
+_ELEMENTWISE = frozenset(
+    {"AdamW", "Adam", "DeepSpeedCPUAdam", "FusedAdam", "SGD", "Adagrad", "RMSprop", "NAdam", "RAdam"}
+)
 
 
 def zero2_config(*, offload: bool = True, bucket_elements: int = 5_000_000) -> dict:
@@ -142,8 +144,9 @@ def check_zero2(optimizer, num_processes: int | None = None) -> dict[str, int]:
         num_processes: how many were asked for; None takes what runs.
 
     Raises:
-        NotSharded: if the optimizer is not one that works on parts, DeepSpeed is not active, the world is not as large as asked for, gradients are divided over a
-            part of the world only (a mesh or sequence-parallel setting of DeepSpeed), or parts are larger than 1/N.
+        NotSharded: if DeepSpeed is not active, the optimizer is not one that works on parts, the world is not as large
+            as asked for, gradients are divided over a part of the world only (a mesh or sequence-parallel setting of
+            DeepSpeed), or parts are larger than 1/N.
     """
     zero = zero_optimizer(optimizer)
     world = dist.get_world_size()

@@ -1,4 +1,4 @@
-"""v0.20.0's series reads old log-probabilities from a forward pass: what would make it another distribution than the one
+"""v0.20.0's series reads old log-probabilities from a forward pass: what would make it another distribution than that
 sampled from is refused, and half precision keeps the float32 of `generate`'s scores. One process on that tree."""
 
 import json
