@@ -14,6 +14,19 @@ import torch
 _COLUMNS = 4096  # of the vocabulary, cast to another type at once where the tile holds all of it
 
 
+def refuse_second_derivative() -> None:
+    """For a `backward` that is not differentiable: torch's `once_differentiable` hands constants to a gradient penalty.
+
+    Raises:
+        RuntimeError: under `create_graph=True`.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "a loss computed in chunks has no second derivative: it would lack what goes through the softmax. Compute it "
+            "from the model's own logits."
+        )
+
+
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """Type of statistics and sums: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

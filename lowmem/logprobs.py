@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers.utils import ModelOutput
+
+from lowmem.chunked_cross_entropy import refuse_second_derivative
 
 
 def _tile(hidden, weight, bias, temperature, softcap, logit_scale):
@@ -63,8 +64,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
         return logps, entropy
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_logps, grad_entropy):
+        refuse_second_derivative()
         hidden, weight, bias, targets, log_z, entropy = ctx.saved_tensors
         temperature, softcap, logit_scale = ctx.settings
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]

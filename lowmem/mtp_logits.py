@@ -11,9 +11,8 @@ Shapes: B rows, S positions, n heads, V vocabulary. Head k (1 .. n) at position 
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from lowmem.chunked_cross_entropy import sum_dtype
+from lowmem.chunked_cross_entropy import refuse_second_derivative, sum_dtype
 from lowmem.mtp_targets import (
     IGNORE_INDEX,
     check_reduction,
@@ -48,8 +47,8 @@ class _LogitLosses(torch.autograd.Function):
         return torch.where(real, log_z - chosen, 0)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_losses):
+        refuse_second_derivative()
         logits, targets, log_z = ctx.saved_tensors
         # An in-place write raises the version of the logits, so that autograd refuses a second backward and the
         # backward of an operation that kept the logits as its output.

@@ -15,9 +15,15 @@ Shapes: B rows, S positions, n heads, H hidden size, V vocabulary. Head k (1 .. 
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from lowmem.chunked_cross_entropy import argmax_rows, backward_rows, compute_dtype, forward_rows, sum_dtype
+from lowmem.chunked_cross_entropy import (
+    argmax_rows,
+    backward_rows,
+    compute_dtype,
+    forward_rows,
+    refuse_second_derivative,
+    sum_dtype,
+)
 from lowmem.mtp_targets import (
     IGNORE_INDEX,
     check_reduction,
@@ -49,8 +55,8 @@ class _HeadLosses(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_losses):
+        refuse_second_derivative()
         needed = ctx.needs_input_grad[3:]
         targets, *saved = ctx.saved_tensors
         tensors, log_z = saved[: len(needed)], saved[len(needed) :]

@@ -34,6 +34,11 @@ _PRODUCTS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default, 
 _ATTENTION_NAMES = ("scaled_dot_product", "flash_attn", "flex_attention")
 
 
+# Of transformers' and torch's checkpointing; with another value they would be ignored here
+_DEFAULT_OPTIONS = {"every_n_layers": 1, "offload": False, "preserve_rng_state": True, "early_stop": True}
+_DEFAULT_OPTIONS |= {"determinism_check": "default", "debug": False}
+
+
 def recomputed_layers(num_layers: int, ratio: float) -> int:
     """How many of `num_layers` are recomputed: the first `ceil(ratio * num_layers)`.
 
@@ -56,8 +61,14 @@ def is_attention_op(op) -> bool:
 
 def _dropout(op, args, kwargs) -> float:
     """The rate that an attention operator is called with."""
-    named = {argument.name: value for argument, value in zip(op._schema.arguments, args)} | kwargs
+    named = {argument.name: value for argument, value in zip(_arguments(op), args)} | kwargs
     return named.get("dropout_p") or 0.0
+
+
+def _arguments(op) -> list:
+    """Of its schema; none of a higher-order operator (flex attention)."""
+    schema = getattr(op, "_schema", None)
+    return [] if schema is None else schema.arguments
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -94,13 +105,13 @@ class _SelectivePolicy:
             if not ctx.is_recompute:
                 self.kept.add(_storage(ctx.op_output))
             return CheckpointPolicy.MUST_SAVE
-        if op._schema.is_mutable and not ctx.is_recompute:
+        if not ctx.is_recompute:
             self._refuse_change_of_kept(op, args)
         return CheckpointPolicy.PREFER_RECOMPUTE
 
     def _refuse_change_of_kept(self, op, args) -> None:
         """torch keeps the tensor and no copy, and the recomputation would change it a second time."""
-        for argument, value in zip(op._schema.arguments, args):
+        for argument, value in zip(_arguments(op), args):
             is_written = argument.alias_info is not None and argument.alias_info.is_write
             if is_written and isinstance(value, torch.Tensor) and _storage(value) in self.kept:
                 raise NotImplementedError(
@@ -184,9 +195,7 @@ def recompute_activations(model: nn.Module, *, ratio: float = 1.0, selective: bo
     def enable(gradient_checkpointing_kwargs: dict | None = None, **others) -> None:
         options = gradient_checkpointing_kwargs or {}
         others |= {name: value for name, value in options.items() if name != "use_reentrant"}
-        if others.get("every_n_layers") == 1:  # transformers' default, which is what `ratio` decides
-            del others["every_n_layers"]
-        if ignored := {name: value for name, value in others.items() if value}:
+        if ignored := {name: value for name, value in others.items() if value != _DEFAULT_OPTIONS.get(name)}:
             raise ValueError(
                 f"gradient_checkpointing_ratio and selective_checkpointing decide what is recomputed, and would ignore "
                 f"{ignored}. Leave one or the other out."

@@ -21,7 +21,7 @@ EXACT_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_a
 # RoPE whose angle at a position does not depend on the rest of the sequence.
 STATIC_ROPE_TYPES = frozenset({"default", "linear", "yarn", "llama3", "proportional"})
 # Model types that add an embedding of the position, and count positions from the padding when they are given none.
-LEARNED_POSITIONS = frozenset({"gpt2", "gpt_neo", "gpt_bigcode"})
+LEARNED_POSITIONS = frozenset({"gpt2", "gpt_neo", "gpt_bigcode", "xglm", "biogpt", "bert"})
 # Parts of the names under which transformers and PEFT keep the rate of a random disturbance.
 _NOISE_NAMES = ("drop", "jitter", "noise")
 _STATEFUL_MODULES = (nn.Conv1d, nn.RNNBase, nn.RNNCellBase, nn.modules.batchnorm._BatchNorm)

@@ -190,7 +190,8 @@ def can_share_cache(model: nn.Module) -> bool:
     """
     inner = transformers_model(model)
     usual = inner.config._attn_implementation or "eager"
-    is_plain = usual in ("eager", "sdpa", "flex_attention") or "flash" in usual
+    is_flash = usual.startswith("flash_attention") or ("/" in usual and "flash" in usual)  # or a kernel of the hub
+    is_plain = is_flash or usual in ("eager", "sdpa", "flex_attention")
     has_latents = getattr(inner.config.get_text_config(decoder=True), "kv_lora_rank", None) is not None
     return is_plain and not has_latents and inner._can_set_attn_implementation()
 

@@ -23,7 +23,8 @@ from transformers import TrainerCallback
 
 # Optimizers whose update of a weight depends on that weight's own gradients only, so that a part of a tensor is enough
 _ELEMENTWISE = frozenset(
-    {"AdamW", "Adam", "DeepSpeedCPUAdam", "FusedAdam", "SGD", "Adagrad", "RMSprop", "NAdam", "RAdam"}
+    {"AdamW", "Adam", "DeepSpeedCPUAdam", "FusedAdam", "SGD", "Adagrad", "DeepSpeedCPUAdagrad", "RMSprop", "NAdam"}
+    | {"RAdam", "Adamax", "Adadelta", "Lion", "FusedLion", "DeepSpeedCPULion"}
 )
 
 
@@ -156,9 +157,10 @@ def check_zero2(optimizer, num_processes: int | None = None) -> dict[str, int]:
             f"{num_processes}` (WORLD_SIZE is {os.environ.get('WORLD_SIZE', 'not set')}; `accelerate launch` with "
             "MULTI_CPU starts one whatever num_processes says)."
         )
-    if (kind := type(zero.optimizer).__name__) not in _ELEMENTWISE:
+    kind, bits = type(zero.optimizer).__name__, getattr(getattr(zero.optimizer, "args", None), "optim_bits", 32)
+    if kind not in _ELEMENTWISE or bits == 8:
         raise NotSharded(
-            f"{kind} would run on a flat part of the weights of each process; one that looks at whole tensors (their "
+            f"{kind}{' with blocks of 8 bits' * (bits == 8)} would run on a flat part of the weights of each process; one that looks at whole tensors (their "
             f"shapes, norms or blocks) then gives other weights, without an error. Use one of {sorted(_ELEMENTWISE)}."
         )
     if not zero.partition_gradients:

@@ -15,6 +15,11 @@ def reward(completions: list[str]) -> list[float]:
     return [text.count("e") / (len(text) + 1) for text in completions]
 
 
+def rank(completions: list[str]) -> list[float]:
+    """Depends on the other texts that it is given with."""
+    return [float(sum(other < text for other in completions)) for text in completions]
+
+
 def too_few(completions: list[str]) -> list[float]:
     return [1.0] * (len(completions) - 1)
 

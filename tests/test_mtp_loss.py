@@ -193,9 +193,8 @@ def test_backward_twice_gives_the_same_and_second_order_is_refused():
     loss = mtp_ce_loss(hidden, weight, labels)["weighted_ce_loss"]
     first, second = (torch.autograd.grad(loss, weight, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
-    grad = torch.autograd.grad(loss, weight, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad|twice"):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, weight, create_graph=True)
 
 
 class CountProjectedRows(TorchDispatchMode):

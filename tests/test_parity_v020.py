@@ -55,6 +55,12 @@ def test_series_matches_upstream_in_float32(run_probe):
     assert_same(run_probe("string-level", ARGUMENTS, dtype="float32", **SETTINGS), reference, TOLERANCE["float32"])
 
 
+def test_the_reward_function_sees_the_batch_that_upstream_shows_it(run_probe):
+    settings = SETTINGS | {"reward": "killing_reward:rank"}
+    reference = run_probe("baseline", ARGUMENTS, dtype="float64", **settings)
+    assert_same(run_probe("string-level", ARGUMENTS, dtype="float64", **settings), reference, TOLERANCE["float64"])
+
+
 def test_series_matches_upstream_with_token_ids(run_probe):
     reference = run_probe("baseline", ARGUMENTS, dtype="float64", **SETTINGS)
     ours = run_probe("string-level", ARGUMENTS | {"token_ids": True}, dtype="float64", **SETTINGS)

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowmem.live_bytes import LiveBytes
-from lowmem.recompute import is_attention_op, recompute_activations, recomputed_layers
+from lowmem.recompute import _SelectivePolicy, is_attention_op, recompute_activations, recomputed_layers
 from lowmem.shared_prefix import PromptGroup, shared_prefix_backward
 
 LAYERS = 4
@@ -84,24 +84,22 @@ def test_a_kept_product_that_is_changed_in_place_is_an_error():
         train_once(model)
 
 
-def test_attention_with_dropout_is_recomputed():
-    """Kept, it would not draw its random numbers again, and what comes after it in the layer would draw them."""
-    model = build("llama")
-    model.config.attention_dropout = 0.5
-    for layer in model.model.layers:
-        layer.self_attn.attention_dropout = 0.5
-        layer.mlp.register_forward_hook(lambda module, args, output: torch.nn.functional.dropout(output, 0.5))
-    torch.manual_seed(3)
-    reference = train_once(model)[0]
-    recompute_activations(model, selective=True)
-    torch.manual_seed(3)
-    assert_equal_gradients(train_once(model)[0], reference)
+@pytest.mark.parametrize("rate, policy", [(0.0, CheckpointPolicy.MUST_SAVE), (0.5, CheckpointPolicy.PREFER_RECOMPUTE)])
+def test_attention_with_dropout_is_recomputed(rate, policy):
+    """Kept, it would not draw its random numbers again, and what comes after it in the layer would draw them. CPUs have
+    no such operator with dropout, so the policy is asked."""
+    query = torch.zeros(1, 1, 2, 4)
+    op = torch.ops.aten._scaled_dot_product_flash_attention.default
+    assert _SelectivePolicy()(None, op, query, query, query, rate) == policy
+    assert _SelectivePolicy()(None, op, query, query, query, dropout_p=rate) == policy
 
 
-@pytest.mark.parametrize("options", [{"offload": True}, {"every_n_layers": 2}], ids=str)
+@pytest.mark.parametrize("options", [{"offload": True}, {"preserve_rng_state": False}, {"every_n_layers": 2}], ids=str)
 def test_options_that_would_be_ignored_are_refused(options):
     model = build()
     recompute_activations(model, ratio=0.5)
+    usual = {"use_reentrant": False, "preserve_rng_state": True, "determinism_check": "default"}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=usual)
     with pytest.raises(ValueError, match="would ignore"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 

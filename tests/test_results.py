@@ -1,4 +1,4 @@
-"""The committed figures: every value in the README's table is that of a recorded run, and the records are whole."""
+"""The committed figures: every value in the README's tables is that of a recorded run, and the records are whole."""
 
 import csv
 import re
@@ -17,9 +17,10 @@ def peaks() -> dict:
         return {(row["workload"], int(row["k"]), row["variant"]): row for row in csv.DictReader(file)}
 
 
-def readme_rows() -> list[dict]:
+def readme_rows(of_header: str) -> list[dict]:
+    """Rows of the first table with `of_header` in its header, whose second column is a number."""
     lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("|")]
-    header = next(line for line in lines if "workload" in line)
+    header = next(line for line in lines if of_header in line)
     names = [cell.strip(" `") for cell in header.strip("|").split("|")]
     body = lines[lines.index(header) + 2 :]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in body]
@@ -27,7 +28,7 @@ def readme_rows() -> list[dict]:
 
 
 def test_readme_table_is_that_of_the_records(peaks):
-    rows = readme_rows()
+    rows = readme_rows("workload")
     assert len(rows) >= 6
     for row in rows:
         k = int(row["k"])
@@ -42,6 +43,32 @@ def test_readme_table_is_that_of_the_records(peaks):
                 assert float(re.search(r"([\d.]+)\\\*", shown)[1]) == pytest.approx(expected, rel=5e-3)
             else:
                 assert float(shown) == pytest.approx(float(record["live_peak_gib"]), rel=5e-3), (row, variant)
+
+
+def test_readme_table_of_the_shared_prefix_is_that_of_the_measurements():
+    with open(ROOT / "results/runs/cpu-2core/training_peaks.csv") as file:
+        plain = [row for row in csv.DictReader(file) if row["gradient_checkpointing"] == "False"]
+    with open(ROOT / "results/shared_prefix_times.csv") as file:
+        times = [row for row in csv.DictReader(file) if row["checkpointing"] == "False" and "Intel" in row["machine"]]
+    rows = readme_rows("prompt + completion tokens")
+    assert len(rows) >= 6
+    for row in rows:
+        prompt, completion = row["prompt + completion tokens"].replace(",", "").split(" + ")
+        setting = {"workload": f"layers_{prompt}_{completion}", "k": row["k"]}
+        peaks = {peak["way"]: int(peak["peak_live_bytes"]) / 2**30 for peak in plain if setting.items() <= peak.items()}
+        shown = [float(number) for number in row["training peak, GiB"].split(" → ")]
+        assert shown == pytest.approx([peaks["all rows"], peaks["shared"]], rel=5e-3), row
+        measured = {time["peer"]: time for time in times if setting.items() <= time.items()}
+        peers = {"step: times less time than all rows": "upstream@1", "than row by row": "upstream@1-mb1"}
+        for column, peer in peers.items():
+            if row[column] == "over 16 GiB":
+                assert peaks["all rows"] > 16 and peer not in measured, row
+            elif row[column] == "–":
+                assert peer not in measured, row
+            else:
+                assert float(row[column]) == pytest.approx(float(measured[peer]["step"]), abs=0.051), row
+        ratio = float(next(iter(measured.values()))["token_ratio"])
+        assert float(row["token ratio"]) == pytest.approx(ratio, rel=0.03), row
 
 
 def test_committed_records_are_whole_and_name_no_folder_of_a_machine():

@@ -11,6 +11,7 @@ import json
 import pytest
 import torch
 from test_shared_prefix_rloo import (
+    ALSO_EXACT,
     LAST_STAGE,
     TOLERANCE,
     assert_is_a_test,
@@ -233,8 +234,6 @@ def test_what_is_not_exact_is_refused_with_the_way_out(refusals, case, error, wa
     assert refusals[case].startswith(f"{error}: ") and case in refusals[case] and way_out in refusals[case]
 
 
-@pytest.mark.parametrize(
-    "case", ["none", "experts", "no self-check", "adapter in mixed precision", "own log-probabilities, flag off"]
-)
+@pytest.mark.parametrize("case", [*("none", "experts", "no self-check", "adapter in mixed precision"), *ALSO_EXACT])
 def test_what_is_exact_is_not_refused(refusals, case):
     assert refusals[case] is None

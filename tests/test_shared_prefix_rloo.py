@@ -31,6 +31,7 @@ GROUPS_STAGE, TRAINING_STAGE, LAST_STAGE = 2, 3, 6
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
 SETTINGS = {"rows_per_micro_batch": 3, "learning_rate": 3e-4, "epochs_per_batch": 2, "kl_coef": 0.1, "steps": 4}
 ARGUMENTS = {"adam_epsilon": 1e-4}  # Adam at 1e-8 turns rounding of a near-zero gradient into a full step
+ALSO_EXACT = ("own log-probabilities, flag off", "training again")
 TIMES = ("runtime", "per_second", "step_time", "profiling")
 
 
@@ -262,6 +263,21 @@ def print_refusals(algorithm: str, folder: str) -> None:
 
         trainer._tokenize_prompts = with_token_types
 
+    def fail_and_train_again():
+        """What the failed step opened is closed, and the next training is whole."""
+        trainers, backward = [], stock_trainer._shared_prefix_backward
+
+        def fail(trainer, *args, **kwargs):
+            trainers.append(trainer)
+            raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stock_trainer, "_shared_prefix_backward", fail)
+            with pytest.raises(KeyboardInterrupt):
+                train()
+        assert trainers[0]._shared_prefix_reduction is None and stock_trainer._shared_prefix_backward is backward
+        trainers[0].train()
+
     def interrupt_within_an_optimizer_step(trainer):
         trainer._step = 1
 
@@ -270,17 +286,8 @@ def print_refusals(algorithm: str, folder: str) -> None:
 
     def train_out_of_step(misalign):
         """The optimizer steps have two training steps, which run together."""
-        trainers = []
-
-        def change(trainer):
-            misalign(trainer)
-            trainers.append(trainer)
-
-        try:
-            steps = {"gradient_accumulation_steps": 2, "steps_per_generation": 2}
-            train(change=change, per_device_train_batch_size=2, **steps)
-        finally:
-            assert trainers[0]._shared_prefix_reduction is None, "a later `train` would go on with it"
+        steps = {"gradient_accumulation_steps": 2, "steps_per_generation": 2}
+        train(change=misalign, per_device_train_batch_size=2, **steps)
 
     class Processor(ProcessorMixin):
         def __init__(self, tokenizer):
@@ -356,6 +363,7 @@ def print_refusals(algorithm: str, folder: str) -> None:
         "experts": functools.partial(train_experts, router_aux_loss_coef=0.0),
         "adapter in mixed precision": functools.partial(train, peft_config=LoraConfig(), bf16=True),
         "own log-probabilities, flag off": functools.partial(train, trainer_class=OwnLogps, shared_prefix=False),
+        "training again": fail_and_train_again,
         "torch_compile": functools.partial(train, torch_compile=True),
         "lomo": functools.partial(train, optim="lomo"),
         "layerwise": functools.partial(train, optim="galore_adamw_layerwise"),
@@ -674,9 +682,7 @@ def test_what_is_not_exact_is_refused_with_the_way_out(refusals, case, error, wa
     assert refusals[case].startswith(f"{error}: ") and case in refusals[case] and way_out in refusals[case]
 
 
-@pytest.mark.parametrize(
-    "case", ["none", "experts", "no self-check", "adapter in mixed precision", "own log-probabilities, flag off"]
-)
+@pytest.mark.parametrize("case", [*("none", "experts", "no self-check", "adapter in mixed precision"), *ALSO_EXACT])
 def test_what_is_exact_is_not_refused(refusals, case):
     assert refusals[case] is None
 

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,6 +209,13 @@ def test_a_training_that_is_not_sharded_stops_at_its_start(tmp_path, processes, 
     assert "NotSharded" in said and reason in said, said[-2000:]
 
 
+def in_8_bits(parameters):
+    """As bitsandbytes' AdamW says it of itself."""
+    optimizer = torch.optim.AdamW(parameters)
+    optimizer.args = SimpleNamespace(optim_bits=8)
+    return optimizer
+
+
 class Fake:
     """As much of DeepSpeed's optimizer as the check looks at."""
 
@@ -240,6 +248,7 @@ def test_a_sharded_optimizer_passes(world_of_two):
         (Fake(32, group="part"), 2, "1 of 2 processes.*drift apart"),
         (Fake(64), 2, "64 of 64 elements"),
         (Fake(32, kind=torch.optim.Adafactor), 2, "Adafactor would run on a flat part"),
+        (Fake(32, kind=in_8_bits), 2, "AdamW with blocks of 8 bits would run on a flat part"),
     ],
 )
 def test_what_is_not_sharded_is_an_error(world_of_two, optimizer, asked, reason):
