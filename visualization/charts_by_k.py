@@ -163,8 +163,10 @@ def growth_panel(axes: Axes, records: list[dict], meter: str) -> None:
         heights = spread([end[1] for end in here], 0.062 * top)
         for (_, _, ratio, colour), height in zip(here, heights):
             text = f"×{ratio:.2f}"
-            # a line that ends early comes from the lower left and has OOM marks above: its lower right is free
-            at = {"xytext": (8, 0 if k == ks[-1] else -9), "textcoords": "offset points", "va": "center"}
+            # a line that ends early comes from the lower left and has OOM marks above: its lower right is free, unless
+            # that is the axis
+            beside = -9 if height > 0.06 * top else 9
+            at = {"xytext": (8, 0 if k == ks[-1] else beside), "textcoords": "offset points", "va": "center"}
             look = {"color": colour, "fontweight": "bold", "fontsize": style.SMALL_PT + 0.5, "zorder": 8}
             look["path_effects"] = style.HALO
             axes.annotate(text, (k, height), **look, **at)
