@@ -28,6 +28,7 @@ import yaml  # noqa: E402
 from run_matrix import workload_path  # noqa: E402
 from torch import nn  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from train import environment  # noqa: E402
 from transformers import AutoModelForCausalLM, masking_utils  # noqa: E402
 
 from config import ExperimentConfig  # noqa: E402
@@ -38,7 +39,6 @@ from lowmem.shared_prefix import PromptGroup, shared_prefix_backward  # noqa: E4
 from lowmem.shared_prefix_prompt import score_chunks  # noqa: E402
 from memory import ProductFlops  # noqa: E402
 from memory_samples import write_atomically  # noqa: E402
-from train import environment  # noqa: E402
 
 CHUNK_TOKENS = 32  # whose logits the LM head makes at once, in every way
 WAYS = ("all rows", "row by row", "shared")

@@ -15,15 +15,15 @@ _COLUMNS = 4096  # of the vocabulary, cast to another type at once where the til
 
 
 def refuse_second_derivative() -> None:
-    """For a `backward` that is not differentiable: torch's `once_differentiable` hands constants to a gradient penalty.
+    """For a `backward` that is not differentiable: torch's `once_differentiable` gives a gradient penalty constants.
 
     Raises:
         RuntimeError: under `create_graph=True`.
     """
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "a loss computed in chunks has no second derivative: it would lack what goes through the softmax. Compute it "
-            "from the model's own logits."
+            "a loss computed in chunks has no second derivative: it would lack what goes through the softmax. Take "
+            "it from the model's own logits."
         )
 
 

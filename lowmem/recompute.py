@@ -197,8 +197,8 @@ def recompute_activations(model: nn.Module, *, ratio: float = 1.0, selective: bo
         others |= {name: value for name, value in options.items() if name != "use_reentrant"}
         if ignored := {name: value for name, value in others.items() if value != _DEFAULT_OPTIONS.get(name)}:
             raise ValueError(
-                f"gradient_checkpointing_ratio and selective_checkpointing decide what is recomputed, and would ignore "
-                f"{ignored}. Leave one or the other out."
+                f"gradient_checkpointing_ratio and selective_checkpointing decide what is recomputed, and would "
+                f"ignore {ignored}. Leave one or the other out."
             )
         if options.get("use_reentrant"):
             raise ValueError(

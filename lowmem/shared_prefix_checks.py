@@ -262,9 +262,9 @@ def refuse_inexact_padding(model: nn.Module, num_padding: int, longest: int) -> 
     if num_padding and goes_by_position:
         _refuse(
             [
-                f"{text.model_type} goes by absolute positions, which the plain computation counts from the padding at "
-                f"the left of a row (up to {num_padding} tokens here) and the shared prefix from its first token. Give "
-                "the prompts of a batch one length (without `pad_to_multiple_of`), or leave the shared prefix off."
+                f"{text.model_type} goes by absolute positions, which the plain computation counts from the padding "
+                f"at the left of a row (up to {num_padding} tokens here) and the shared prefix from its first token. "
+                "Give the prompts of a batch one length (no `pad_to_multiple_of`), or leave the shared prefix off."
             ]
         )
 
@@ -280,6 +280,6 @@ def weight_versions(parameters: Iterable[nn.Parameter]) -> list[tuple[int, bool]
 
 
 def adapter_states(model: nn.Module) -> list[tuple]:
-    """What changes when an adapter is switched on or off, also one that is frozen, or merged (PEFT, layer by layer)."""
+    """What changes when an adapter is switched on or off, also a frozen one, or merged (PEFT, layer by layer)."""
     layers = (module for module in model.modules() if hasattr(module, "merged_adapters"))
     return [(layer.disable_adapters, *layer.active_adapters, *layer.merged_adapters) for layer in layers]

@@ -186,7 +186,7 @@ def can_share_cache(model: nn.Module) -> bool:
     """Whether `_attend` may stand in for the model's attention.
 
     The model asks transformers for its attention function, and that is plain attention over what the cache holds, not
-    an implementation of the user's own, and not over keys that are expanded from latents (multi-head latent attention).
+    an implementation of the user's own, and not over keys expanded from latents (multi-head latent attention).
     """
     inner = transformers_model(model)
     usual = inner.config._attn_implementation or "eager"

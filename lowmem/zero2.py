@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch.utils.cpp_extension import get_default_build_root
 from transformers import TrainerCallback
 
-
 # Optimizers whose update of a weight depends on that weight's own gradients only, so that a part of a tensor is enough
 _ELEMENTWISE = frozenset(
     {"AdamW", "Adam", "DeepSpeedCPUAdam", "FusedAdam", "SGD", "Adagrad", "DeepSpeedCPUAdagrad", "RMSprop", "NAdam"}
@@ -160,8 +159,9 @@ def check_zero2(optimizer, num_processes: int | None = None) -> dict[str, int]:
     kind, bits = type(zero.optimizer).__name__, getattr(getattr(zero.optimizer, "args", None), "optim_bits", 32)
     if kind not in _ELEMENTWISE or bits == 8:
         raise NotSharded(
-            f"{kind}{' with blocks of 8 bits' * (bits == 8)} would run on a flat part of the weights of each process; one that looks at whole tensors (their "
-            f"shapes, norms or blocks) then gives other weights, without an error. Use one of {sorted(_ELEMENTWISE)}."
+            f"{kind}{' with blocks of 8 bits' * (bits == 8)} would run on a flat part of the weights of each process; "
+            "one that looks at whole tensors (shapes, norms or blocks) then gives other weights, without an error. "
+            f"Use one of {sorted(_ELEMENTWISE)}."
         )
     if not zero.partition_gradients:
         raise NotSharded("DeepSpeed runs ZeRO stage 1, which keeps whole gradients. Set `stage: 2`.")

@@ -4,6 +4,7 @@ import json
 
 import compare_time
 import pytest
+
 import variants
 
 OURS, PEER = "shared-prefix", "upstream@1"

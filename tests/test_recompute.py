@@ -86,8 +86,8 @@ def test_a_kept_product_that_is_changed_in_place_is_an_error():
 
 @pytest.mark.parametrize("rate, policy", [(0.0, CheckpointPolicy.MUST_SAVE), (0.5, CheckpointPolicy.PREFER_RECOMPUTE)])
 def test_attention_with_dropout_is_recomputed(rate, policy):
-    """Kept, it would not draw its random numbers again, and what comes after it in the layer would draw them. CPUs have
-    no such operator with dropout, so the policy is asked."""
+    """Kept, it would not draw its random numbers again, and what comes after it in the layer would draw them. CPUs
+    have no such operator with dropout, so the policy is asked."""
     query = torch.zeros(1, 1, 2, 4)
     op = torch.ops.aten._scaled_dot_product_flash_attention.default
     assert _SelectivePolicy()(None, op, query, query, query, rate) == policy

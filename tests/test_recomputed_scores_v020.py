@@ -41,6 +41,7 @@ def generate(queries=left, model=None, return_logits=False, **settings):
         return str(error)
     return batch_generation(model, queries, 2, 0, config, return_logits=return_logits), model
 
+neutral = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": [], "min_length": 9}
 lokr = LoKrConfig(r=2, rank_dropout=0.1, target_modules=["q_proj"])
 opt = {**shape, "ffn_dim": 16, "word_embed_proj_dim": 16}
 (tokens, scores), model = generate(model=Qwen3ForCausalLM(Qwen3Config(**qwen)).to(torch.bfloat16), return_logits=True)
@@ -51,7 +52,7 @@ print(json.dumps({
     "plain": isinstance(generate(), tuple),
     "repetition_penalty": generate(repetition_penalty=1.1),
     "min_p": generate(min_p=0.05),
-    "neutral": isinstance(generate(repetition_penalty=1.0, no_repeat_ngram_size=0, suppress_tokens=[], min_length=9), tuple),
+    "neutral": isinstance(generate(**neutral), tuple),
     "dropout by adapter": generate(model=get_peft_model(Qwen3ForCausalLM(Qwen3Config(**qwen)), lokr)),
     "functional dropout": generate(model=OPTForCausalLM(OPTConfig(**opt))),
     "no dropout": isinstance(generate(model=OPTForCausalLM(OPTConfig(**opt, dropout=0.0))), tuple),

@@ -55,7 +55,9 @@ def test_readme_table_of_the_shared_prefix_is_that_of_the_measurements():
     for row in rows:
         prompt, completion = row["prompt + completion tokens"].replace(",", "").split(" + ")
         setting = {"workload": f"layers_{prompt}_{completion}", "k": row["k"]}
-        peaks = {peak["way"]: int(peak["peak_live_bytes"]) / 2**30 for peak in plain if setting.items() <= peak.items()}
+        peaks = {
+            peak["way"]: int(peak["peak_live_bytes"]) / 2**30 for peak in plain if setting.items() <= peak.items()
+        }
         shown = [float(number) for number in row["training peak, GiB"].split(" → ")]
         assert shown == pytest.approx([peaks["all rows"], peaks["shared"]], rel=5e-3), row
         measured = {time["peer"]: time for time in times if setting.items() <= time.items()}

@@ -31,8 +31,8 @@ def shared_prefix(peaks: pd.DataFrame, times: pd.DataFrame) -> Figure:
     note = (
         "57 million parameters. Above: live tensor bytes of one training forward and backward, weights and gradients "
         "included, the same LM head in all ways; dashed: gradient checkpointing. Below: time of TRL v1.16.0 with its "
-        f"LM head on the completions over ours, whole optimizer steps in turn on {machines}; filled: all rows at once, "
-        "hollow: one row per micro-batch; dashed: token ratio k (P + R) / (P + k R); dotted: ratio of the "
+        f"LM head on the completions over ours, whole optimizer steps in turn on {machines}; filled: all rows at "
+        "once, hollow: one row per micro-batch; dashed: token ratio k (P + R) / (P + k R); dotted: ratio of the "
         "training's floating-point operations."
     )
     figure = style.headed_figure("What does it save to compute every prompt once?", [], 7.6, note=note)

@@ -85,7 +85,7 @@ class SentimentConfig:
         for number, prompt in enumerate(self.prompts):
             if any(other.startswith(prompt) for at, other in enumerate(self.prompts) if at != number):
                 raise ValueError(
-                    f"the prompt {prompt!r} begins another one, or is twice in prompts: which of them a text continues "
+                    f"the prompt {prompt!r} begins another one, or is twice in prompts: which one a text continues "
                     "could not be told apart. Leave one out"
                 )
         word_finder(self.target_words)
