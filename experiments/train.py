@@ -52,7 +52,7 @@ def parse_config(argv: list[str]):
     from trl import TrlParser
 
     (config,) = TrlParser(ExperimentConfig, allow_abbrev=False).parse_args_and_config(argv)
-    if config.variant != variant:
+    if config.variant != variant:  # read twice, and the first reading chose the tree
         raise ValueError(f"the variant {config.variant!r} was not given as --variant or `variant:`; write it in full")
     return config, stage
 

@@ -54,7 +54,7 @@ def parse_config(argv: list[str]):
     from trl import TrlParser
 
     (config,) = TrlParser(SentimentConfig, allow_abbrev=False).parse_args_and_config(argv)
-    if config.algorithm != algorithm:  # argparse also takes abbreviations, which came too late to choose the tree
+    if config.algorithm != algorithm:  # read twice, and the first reading chose the tree
         raise ValueError(f"the algorithm {config.algorithm!r} was not given as --algorithm; write it in full")
     needed = variants.split_variant(TREES[config.algorithm])[0]
     if stage.pin != needed:

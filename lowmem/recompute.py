@@ -61,14 +61,10 @@ def is_attention_op(op) -> bool:
 
 def _dropout(op, args, kwargs) -> float:
     """The rate that an attention operator is called with."""
-    named = {argument.name: value for argument, value in zip(_arguments(op), args)} | kwargs
+    schema = getattr(op, "_schema", None)  # a higher-order operator (flex attention) has none
+    arguments = [] if schema is None else schema.arguments
+    named = {argument.name: value for argument, value in zip(arguments, args)} | kwargs
     return named.get("dropout_p") or 0.0
-
-
-def _arguments(op) -> list:
-    """Of its schema; none of a higher-order operator (flex attention)."""
-    schema = getattr(op, "_schema", None)
-    return [] if schema is None else schema.arguments
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -105,13 +101,14 @@ class _SelectivePolicy:
             if not ctx.is_recompute:
                 self.kept.add(_storage(ctx.op_output))
             return CheckpointPolicy.MUST_SAVE
-        if not ctx.is_recompute:
+        schema = getattr(op, "_schema", None)
+        if schema is not None and schema.is_mutable and not ctx.is_recompute:  # few operators are
             self._refuse_change_of_kept(op, args)
         return CheckpointPolicy.PREFER_RECOMPUTE
 
     def _refuse_change_of_kept(self, op, args) -> None:
         """torch keeps the tensor and no copy, and the recomputation would change it a second time."""
-        for argument, value in zip(_arguments(op), args):
+        for argument, value in zip(op._schema.arguments, args):
             is_written = argument.alias_info is not None and argument.alias_info.is_write
             if is_written and isinstance(value, torch.Tensor) and _storage(value) in self.kept:
                 raise NotImplementedError(
