@@ -1,6 +1,9 @@
-"""Step times of two variants, measured in turn (A B A B ...) in one run, because machines are shared and noisy.
+"""Step times of variants, measured in turn (A B A B ...) in one run, because machines are shared and noisy.
 
     python experiments/compare_time.py --variants baseline string-level --k 4 --workload cpu --pairs 5
+    python experiments/compare_time.py --variants upstream string-level shared-prefix --k 8 --workload published
+
+The last variant is compared with each of the others: the second line measures three runs a turn for two comparisons.
 
 Every measurement is a fresh process without the live-bytes meter, with the C allocator's own settings, which
 run_matrix.py changes for its meters, and without the shared prefix's self-check, which a training pays once. Its
@@ -59,62 +62,79 @@ def phase_medians_s(summary: dict) -> dict[str, float]:
     return {phase: statistics.median(step.get(phase, 0.0) for step in steps) for phase in steps[0]}
 
 
+def step_time_s(record: dict) -> float:
+    """The median of the measured steps."""
+    return statistics.median(measured(record["summary"]["step_time_s"]))
+
+
+def add_pair(entry: dict, peer: dict, compared: dict) -> None:
+    """Adds the records of two runs of one turn to their comparison."""
+    records = (peer, compared)
+    entry["pairs_s"].append([step_time_s(record) for record in records])
+    entry["phase_pairs_s"].append([phase_medians_s(record["summary"]) for record in records])
+    ratios = sorted(compared_s / peer_s for peer_s, compared_s in entry["pairs_s"])
+    entry |= {
+        "ratio_min": ratios[0],
+        "ratio_median": statistics.median(ratios),
+        "ratio_max": ratios[-1],
+        "tokens_per_row": [max(compared["tokens"][f"{part}_tokens_per_row"]) for part in ("prompt", "completion")],
+        "completion_tokens": [sum(record["tokens"]["completion_tokens_per_row"]) for record in records],
+        "lowmem_sha256": peer["env"]["lowmem_sha256"] | compared["env"]["lowmem_sha256"],
+        "env": compared["env"],
+        "measured_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--variants", nargs=2, required=True, metavar=("A", "B"))
+    parser.add_argument("--variants", nargs="+", required=True, metavar="VARIANT", help="peers, then the compared one")
     parser.add_argument("--k", type=int, default=4)
     parser.add_argument("--workload")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--runs", default="results/runs/local")
     args, options = parser.parse_known_args(argv)
-    a, b = args.variants
+    *peers, compared = args.variants
+    if not peers or len(set(args.variants)) < len(args.variants):
+        parser.error("--variants: one variant or more and then the one that is compared with them, each of them once")
     path = Path(args.runs) / "time_pairs.json"
     try:
         workload = args.workload or default_workload()
         config = workload_path(workload)
         env = environment()
-        made_with = {
-            "options": options,
-            "trees": [variants.tree_of(variant).commit for variant in args.variants],
-            "workload": yaml.safe_load(config.read_text()),
-            "machine": machine(env),
-            "num_threads": env["num_threads"],
-        }
         words = [word.removeprefix("--") for word in options]
-        key = "/".join([workload, f"{b}_vs_{a}_k{args.k}", *words, machine(env)])
         entries = json.loads(path.read_text()) if path.exists() else {}
-        entry = entries.get(key)
-        stale = entry is None or any(entry.get(name) != value for name, value in made_with.items())
-        if stale or variants.lowmem_changed(entry["lowmem_sha256"]):
-            entry = {**made_with, "pairs_s": [], "phase_pairs_s": []}
-        while len(entry["pairs_s"]) < args.pairs:
-            records = [measure(variant, args.k, config, options) for variant in args.variants]
-            entry["pairs_s"].append([statistics.median(measured(r["summary"]["step_time_s"])) for r in records])
-            entry["phase_pairs_s"].append([phase_medians_s(record["summary"]) for record in records])
-            ratios = sorted(b_s / a_s for a_s, b_s in entry["pairs_s"])
-            entry |= {
-                "ratio_min": ratios[0],
-                "ratio_median": statistics.median(ratios),
-                "ratio_max": ratios[-1],
-                "tokens_per_row": [
-                    max(records[-1]["tokens"][f"{part}_tokens_per_row"]) for part in ("prompt", "completion")
-                ],
-                "completion_tokens": [sum(record["tokens"]["completion_tokens_per_row"]) for record in records],
-                "lowmem_sha256": records[0]["env"]["lowmem_sha256"] | records[1]["env"]["lowmem_sha256"],
-                "env": records[-1]["env"],
-                "measured_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        keys = {}
+        current = {}
+        for peer in peers:
+            key = "/".join([workload, f"{compared}_vs_{peer}_k{args.k}", *words, machine(env)])
+            made_with = {
+                "options": options,
+                "trees": [variants.tree_of(variant).commit for variant in (peer, compared)],
+                "workload": yaml.safe_load(config.read_text()),
+                "machine": machine(env),
+                "num_threads": env["num_threads"],
             }
+            entry = entries.get(key)
+            stale = entry is None or any(entry.get(name) != value for name, value in made_with.items())
+            if stale or variants.lowmem_changed(entry["lowmem_sha256"]):
+                entry = {**made_with, "pairs_s": [], "phase_pairs_s": []}
+            keys[peer], current[peer] = key, entry
+        while wanting := [peer for peer in peers if len(current[peer]["pairs_s"]) < args.pairs]:
+            records = {variant: measure(variant, args.k, config, options) for variant in [*wanting, compared]}
+            for peer in wanting:
+                add_pair(current[peer], records[peer], records[compared])
             entries = json.loads(path.read_text()) if path.exists() else {}
-            write_record(path, entries | {key: entry})
-            seconds = ", ".join(f"{t:.2f} s" for t in entry["pairs_s"][-1])
-            print(f"pair {len(entry['pairs_s'])}/{args.pairs}: {seconds}", flush=True)
+            write_record(path, entries | {keys[peer]: current[peer] for peer in wanting})
+            seconds = ", ".join(f"{name} {step_time_s(record):.2f} s" for name, record in records.items())
+            print(f"pair {len(current[wanting[0]]['pairs_s'])}/{args.pairs}: {seconds}", flush=True)
     except (ValueError, RuntimeError, variants.load_fork().ForkError) as error:
         print(f"compare_time.py: {error}", file=sys.stderr)
         return 1
-    low, middle, high = (entry[f"ratio_{name}"] for name in ("min", "median", "max"))
-    print(f"{b} / {a}, {key}: {low:.2f} to {high:.2f}, median {middle:.2f}; in {path}")
+    for peer, key in keys.items():
+        low, middle, high = (current[peer][f"ratio_{name}"] for name in ("min", "median", "max"))
+        print(f"{compared} / {peer}, {key}: {low:.2f} to {high:.2f}, median {middle:.2f}; in {path}")
     return 0
 
 

@@ -41,13 +41,13 @@ done
 tiny="published balanced long_response"
 .venv/bin/python experiments/training_peaks.py --out "$runs/training_peaks.csv" --workloads $layers $tiny
 export OMP_NUM_THREADS=1
-step() { pairs "$1" shared-prefix --workload "$2" --k "$3" --pairs 1 --steps 1 "${@:4}"; }
+step() { pairs $1 shared-prefix --workload "$2" --k "$3" --pairs 1 --steps 1 "${@:4}"; }
 for workload in $layers $tiny; do
-  for k in 2 4 8; do step upstream@1 $workload $k; done
-  for k in 2 4 8; do step upstream@1 $workload $k --gradient_checkpointing True; done
-  for k in 8 16 32 64; do step upstream@1-mb1 $workload $k; done
-  for k in 8 16 32 64; do step upstream@1-mb1 $workload $k --gradient_checkpointing True; done
-  for k in 2 4 8 16 32 64; do step string-level $workload $k; done
+  for checkpointing in "" "--gradient_checkpointing True"; do
+    for k in 2 4; do step "upstream@1 string-level" $workload $k $checkpointing; done
+    step "upstream@1 upstream@1-mb1 string-level" $workload 8 $checkpointing
+    for k in 16 32 64; do step "upstream@1-mb1 string-level" $workload $k $checkpointing; done
+  done
 done
 for k in 16 32 64; do step upstream@1 published $k; done
 for workload in layers_3072_53 layers_1024_1024; do step upstream@1 $workload 8 --pairs 3; done

@@ -70,6 +70,24 @@ def test_what_was_made_otherwise_is_measured_again(compared, monkeypatch, change
     assert len(entry["pairs_s"]) == 1 and len(compared.runs) == 4
 
 
+def test_several_peers_are_measured_against_one_run_of_the_last(compared, tmp_path):
+    compared(1)
+    words = ["--variants", PEER, "string-level", OURS, "--workload", "cpu", "--k", "2", "--runs", str(tmp_path)]
+    assert compare_time.main([*words, "--pairs", "2"]) == 0
+    entries = json.loads((tmp_path / "time_pairs.json").read_text())
+    assert set(entries) == {f"cpu/{OURS}_vs_{peer}_k2/one CPU" for peer in (PEER, "string-level")}
+    assert all(len(entry["pairs_s"]) == 2 for entry in entries.values())
+    assert compared.runs == [PEER, OURS, PEER, "string-level", OURS, "string-level", OURS]
+    assert len({entry["trees"][0] for entry in entries.values()}) == 2, "each comparison names its own peer's tree"
+
+
+@pytest.mark.parametrize("names", [[OURS], [PEER, OURS, PEER], [PEER, PEER]])
+def test_a_comparison_needs_different_variants(compared, capsys, names):
+    with pytest.raises(SystemExit):
+        compare_time.main(["--variants", *names])
+    assert "one variant or more and then the one" in capsys.readouterr().err and not compared.runs
+
+
 def test_an_option_of_the_run_is_part_of_the_name(compared):
     assert set(compared(1, "one CPU", "--gradient_checkpointing", "True")) == {
         f"cpu/{OURS}_vs_{PEER}_k2/gradient_checkpointing/True/one CPU"
