@@ -57,7 +57,7 @@ def naive(hidden, weight, labels):
 
 
 def seed_del(hidden, weight, labels):
-    """The seed's remedy: scalars summed up, and every name deleted after its head."""
+    """The widespread remedy: scalars summed up, and every name deleted after its head."""
     logits = hidden @ weight.t()
     total, n_future = 0.0, hidden.shape[2]
     for k in range(1, n_future + 1):

@@ -20,8 +20,9 @@ Runs the tests that need a CUDA device, then, resumed where it stopped, one PART
               the calibration of this card (SET/calibration.json)
   memory      the memory strategies that one GPU can show: recomputation, offloaded activations, gradients and AdamW on the
               host (ZeRO-2 with a world of one), a recovery from a real out-of-memory, rows of 14,100 tokens
-Records go to results/runs/SET. Each part takes under 10 minutes on a data-centre GPU. PYTHON names the interpreter
-(default: .venv/bin/python).
+Records go to results/runs/SET, those of the part memory to results/memory/SET. Each part takes under 10 minutes on a
+data-centre GPU; published needs 32 GB of device memory, layers 64 GiB. PYTHON names the interpreter (default:
+.venv/bin/python).
 EOF
     [ -n "${1:-}" ] && exit 0 || exit 2 ;;
 esac

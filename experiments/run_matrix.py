@@ -7,6 +7,7 @@ as done when its record is whole, ended ok or out of memory, and was made with t
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -19,6 +20,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import variants  # noqa: E402
+from config import ExperimentConfig  # noqa: E402
 from memory_monitor import run_monitored  # noqa: E402
 
 DONE = ("ok", "oom")
@@ -62,7 +64,11 @@ def unfinished_reason(path: Path, command: list[str], workload: dict, commit: st
         return f"ended as {record.get('status')}"
     config = record["config"]
     overridden = {word.removeprefix("--").partition("=")[0] for word in command if word.startswith("--")}
-    changed = [key for key, value in workload.items() if key not in overridden and config.get(key) != value]
+    # A default of None may be filled in, and a setting that is newer than the record did not exist.
+    fields = dataclasses.fields(ExperimentConfig)
+    defaults = {f.name: f.default for f in fields if f.default is not None and f.name in config}
+    settings = defaults | workload
+    changed = [key for key, value in settings.items() if key not in overridden and config.get(key) != value]
     if record["command"][1:] != command[1:] or changed:
         return "its settings were others"
     if stage["commit"] != commit:

@@ -85,7 +85,10 @@ def limit_memory(budget_gib: float) -> None:
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         if budget > total:
-            raise ValueError(f"budget_gib is {budget_gib}, but the device has {total / GIB:.1f} GiB")
+            raise ValueError(
+                f"budget_gib is {budget_gib:g}, but the device has {total / GIB:.1f} GiB. Pass --budget_gib "
+                f"{0.95 * total / GIB:.0f} to find out what this device holds, or --workload cpu for a smaller one."
+            )
         torch.cuda.set_per_process_memory_fraction(budget / total)
     else:
         # The limit counts address space; what is reserved and never touched (thread stacks, heap arenas) is added.

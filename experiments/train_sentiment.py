@@ -1,6 +1,6 @@
 """The sentiment recipe: trains a small model to continue "I feel so" with a happy word, by PPO, RLOO or GRPO.
 
-    python experiments/train_sentiment.py --config experiments/configs/sentiment.yaml
+    python experiments/train_sentiment.py --config experiments/configs/sentiment/learns.yaml
     python experiments/train_sentiment.py --model TinyLlama/TinyLlama-1.1B-Chat-v1.0 --load_in_bits 4
 
 Every setting of experiments/sentiment/config.py is an option and a YAML key. The output folder gets the adapter (or

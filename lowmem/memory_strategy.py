@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 GIB = 2**30
-LONG_SEQUENCE_TOKENS = 8192  # from here on the activations of a sequence outweigh gradients; seed case: 14K
+LONG_SEQUENCE_TOKENS = 8192  # from here on the activations of a sequence outweigh gradients
 
 
 class MemorySettingsError(ValueError):

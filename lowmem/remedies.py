@@ -1,8 +1,8 @@
 """What to do about a failure: the guideline's order, corrected where the planner's figures contradict it.
 
-The guideline (seed 002) puts the data loader first, then the evaluation batch, then the training batch. That order is
-kept for the host, where it is right. On the device neither workers nor their number take a byte, so there the plan's
-own ranking decides, and the effective batch is kept by gradient accumulation.
+The guideline (docs/planner.md) puts the data loader first, then the evaluation batch, then the training batch. That
+order is kept for the host, where it is right. On the device neither workers nor their number take a byte, so there the
+plan's own ranking decides, and the effective batch is kept by gradient accumulation.
 """
 
 import math

@@ -12,9 +12,11 @@ looked for in the configuration and in the modules, and refused with the reason 
 import functools
 from collections.abc import Iterable
 
+import transformers
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 # Attention over all earlier tokens, or over a part of them that depends on positions only.
 EXACT_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
@@ -159,6 +161,11 @@ def _checkpointing_reasons(model: nn.Module) -> list[str]:
                 "Gradient checkpointing is reentrant, or does not say that it is not: keys and values would leave "
                 "their layer without a gradient and the prompt's part would be lost. Use "
                 '`gradient_checkpointing_kwargs={"use_reentrant": False}`.'
+            ]
+        if not hasattr(GradientCheckpointingLayer, "_can_checkpoint_with_cache"):
+            return [
+                f"transformers {transformers.__version__} takes the cache away from checkpointed layers. Use "
+                "transformers >= 5.23 (Python >= 3.11), or switch gradient checkpointing off."
             ]
     return []
 

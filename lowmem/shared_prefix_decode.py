@@ -21,13 +21,19 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lowmem.shared_prefix_checks import transformers_model
 
 IMPLEMENTATION = "shared_prefix_decode"  # name under which transformers finds `_attend`
 _BLOCK_TOKENS = 64  # by which the completions' keys and values grow
 _HALF = (torch.bfloat16, torch.float16)
+# What transformers itself registers, besides the "eager" function of each model. All of them compute plain attention.
+_PLAIN_ATTENTION = (sdpa_attention_forward, flash_attention_forward, flex_attention_forward)
 # Cache of the generation at hand, and the modules that may read it
 _decoding: ContextVar[tuple[Cache, frozenset[nn.Module]] | None] = ContextVar("_decoding", default=None)
 
@@ -186,12 +192,14 @@ def can_share_cache(model: nn.Module) -> bool:
     """Whether `_attend` may stand in for the model's attention.
 
     The model asks transformers for its attention function, and that is plain attention over what the cache holds, not
-    an implementation of the user's own, and not over keys expanded from latents (multi-head latent attention).
+    an implementation of the user's own (also one registered over a name such as "sdpa"), and not over keys expanded
+    from latents (multi-head latent attention).
     """
     inner = transformers_model(model)
     usual = inner.config._attn_implementation or "eager"
-    is_flash = usual.startswith("flash_attention") or ("/" in usual and "flash" in usual)  # or a kernel of the hub
-    is_plain = is_flash or usual in ("eager", "sdpa", "flex_attention")
+    function = ALL_ATTENTION_FUNCTIONS.get(usual)
+    is_hub_flash = "/" in usual and "flash" in usual
+    is_plain = function in _PLAIN_ATTENTION or is_hub_flash or (usual == "eager" and function is None)
     has_latents = getattr(inner.config.get_text_config(decoder=True), "kv_lora_rank", None) is not None
     return is_plain and not has_latents and inner._can_set_attn_implementation()
 

@@ -192,7 +192,10 @@ class SharedPrompt:
 
         def refuse_late_gradient(grad):
             if not is_open[0]:
-                raise RuntimeError("backward of a branch after its SharedPrompt was closed: the prompt's part is lost")
+                raise RuntimeError(
+                    "backward of a branch after its SharedPrompt was closed: the prompt's part is lost. Call backward "
+                    "inside the block."
+                )
 
         for leaf in self._leaves:
             if leaf.requires_grad:
@@ -217,7 +220,10 @@ class SharedPrompt:
         pairs = [layer.take() for layer in cache.layers]
         in_graph = [keys.requires_grad or values.requires_grad for keys, values in pairs]
         if any(before and not after for before, after in zip(in_graph[:-1], in_graph[1:], strict=True)):
-            raise RuntimeError(f"keys and values lose their gradient between layers (by layer: {in_graph})")
+            raise RuntimeError(
+                f"keys and values lose their gradient between layers (by layer: {in_graph}), and with it the prompt's "
+                "part would be lost. Leave the shared prefix off for this model."
+            )
         return [tensor for pair in pairs for tensor in pair]
 
     @property
@@ -231,9 +237,14 @@ class SharedPrompt:
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Log-probabilities, entropies (or None) and mask of m completions (R_i,) in one forward, each (m, R)."""
         if not self._is_open[0]:
-            raise RuntimeError("SharedPrompt.score outside its `with` block")
+            raise RuntimeError(
+                "SharedPrompt.score outside its `with` block, where the prompt has not run: call it inside."
+            )
         if torch.is_grad_enabled() and not self._with_grad:
-            raise RuntimeError("the prompt ran under no_grad, so gradients through its branches would lack its part")
+            raise RuntimeError(
+                "the prompt ran under no_grad, so gradients through its branches would lack its part: open the "
+                "SharedPrompt block with gradients on."
+            )
         self._check_weights()
         device = self.prompt_ids.device
         num_prefix = self.prompt_ids.shape[0] - 1

@@ -174,8 +174,8 @@ def _layers_rounded_otherwise(model: nn.Module, eps: float, seed: int) -> Iterat
     if not layers:
         raise NotImplementedError(
             "The self-check cannot tell rounding from a fault in half precision: no layer of the model is a "
-            "`GradientCheckpointingLayer`. Check the model in float32 with `check_shared_prefix`, and switch the "
-            "self-check off."
+            "`GradientCheckpointingLayer`. Check the model in float32 with `check_shared_prefix`, and pass "
+            "`self_check=False` (in a trainer's config `shared_prefix_self_check=False`)."
         )
 
     def round_otherwise(number):

@@ -1,8 +1,8 @@
 """Runs a command, samples its memory and the GPU from outside, and compares the run with the guideline's targets.
 
-Targets (seed 002): GPU utilisation 85 to 100 %, device memory 70 to 85 %, host memory below 80 % of its limit,
-step time within 1.5 times the reference. What cannot be measured here is said, not counted as met. For records of
-whole series use experiments/memory_monitor.py; this needs nothing but /proc.
+The guideline's targets (docs/planner.md): GPU utilisation 85 to 100 %, device memory 70 to 85 %, host memory below
+80 % of its limit, step time within 1.5 times the reference. What cannot be measured here is said, not counted as met.
+For records of whole series use experiments/memory_monitor.py; this needs nothing but /proc.
 """
 
 import os

@@ -276,6 +276,8 @@ def test_finished_runs_are_skipped_and_others_are_made_again(tmp_path):
     assert reason(status="timeout") == "ended as timeout"
     assert reason(command=[*command, "--seed", "5"]) == "its settings were others"
     assert reason(config={"steps": 4}) == "its settings were others", "the workload's file was edited"
+    assert reason(config={"steps": 3, "temperature": 0.9}) == "its settings were others", "a default was changed"
+    assert reason(config={"steps": 3, "variant": "baseline", "budget_gib": 4.0}) is None, "None may be filled in"
     assert reason(env={"tree": {"commit": "other", "stage": "0"}}) == "it was made with another fork tree"
     patched = {"tree": {"commit": commit, "stage": "5"}, "lowmem_sha256": "other"}
     assert reason(env=patched) == "lowmem has changed since"

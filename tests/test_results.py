@@ -42,7 +42,11 @@ def test_readme_table_is_that_of_the_records(peaks):
                 expected = float(ours["live_peak_gib"]) / (1 - float(ours["live_reduction"]))
                 assert float(re.search(r"([\d.]+)\\\*", shown)[1]) == pytest.approx(expected, rel=5e-3)
             else:
-                assert float(shown) == pytest.approx(float(record["live_peak_gib"]), rel=5e-3), (row, variant)
+                last_digit = 10.0 ** -len(shown.partition(".")[2])
+                assert float(shown) == pytest.approx(float(record["live_peak_gib"]), abs=0.51 * last_digit), (
+                    row,
+                    variant,
+                )
 
 
 def test_readme_table_of_the_shared_prefix_is_that_of_the_measurements():
@@ -61,7 +65,7 @@ def test_readme_table_of_the_shared_prefix_is_that_of_the_measurements():
         shown = [float(number) for number in row["training peak, GiB"].split(" → ")]
         assert shown == pytest.approx([peaks["all rows"], peaks["shared"]], rel=5e-3), row
         measured = {time["peer"]: time for time in times if setting.items() <= time.items()}
-        peers = {"step: times less time than all rows": "upstream@1", "than row by row": "upstream@1-mb1"}
+        peers = {"step: times as fast as all rows": "upstream@1", "as row by row": "upstream@1-mb1"}
         for column, peer in peers.items():
             if row[column] == "over 16 GiB":
                 assert peaks["all rows"] > 16 and peer not in measured, row
@@ -70,7 +74,7 @@ def test_readme_table_of_the_shared_prefix_is_that_of_the_measurements():
             else:
                 assert float(row[column]) == pytest.approx(float(measured[peer]["step"]), abs=0.051), row
         ratio = float(next(iter(measured.values()))["token_ratio"])
-        assert float(row["token ratio"]) == pytest.approx(ratio, rel=0.03), row
+        assert float(row["token ratio"]) == pytest.approx(ratio, abs=0.5 if ratio > 10 else 0.051), row
 
 
 def test_committed_records_are_whole_and_name_no_folder_of_a_machine():

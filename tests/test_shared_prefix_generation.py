@@ -304,15 +304,17 @@ def test_keys_changed_after_the_cache_are_found_out(monkeypatch):
         shared_prefix_generate(model, *make_prompts(), NUM_GENERATIONS, max_new_tokens=2)
 
 
-def test_attention_of_the_users_own_is_not_replaced():
+@pytest.mark.parametrize("name", ["nearest_tokens", "sdpa", "eager"])
+def test_attention_of_the_users_own_is_not_replaced(monkeypatch, name):
     def nearest_tokens(module, query, key, value, attention_mask, scaling=None, **kwargs):
         distance = torch.arange(key.shape[2]).flip(0)[None, None, None]
         mask = attention_mask.float().log() - 0.5 * distance  # as a bias would
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
 
-    AttentionInterface.register("nearest_tokens", nearest_tokens)
-    AttentionMaskInterface.register("nearest_tokens", functools.partial(sdpa_mask, allow_is_causal_skip=False))
-    model = make_model("llama", torch.float32, attn_implementation="nearest_tokens").eval()
+    masks = functools.partial(sdpa_mask, allow_is_causal_skip=False)
+    monkeypatch.setitem(AttentionInterface._global_mapping, name, nearest_tokens)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, name, masks)
+    model = make_model("llama", torch.float32, attn_implementation=name).eval()
     assert_same_tokens(model, *make_prompts(), do_sample=True)
 
 

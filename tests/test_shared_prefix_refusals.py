@@ -16,6 +16,7 @@ from test_shared_prefix_models import (
 )
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, T5Config, T5ForConditionalGeneration
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowmem import shared_prefix_prompt, shared_prefix_self_check
 from lowmem.shared_prefix import shared_prefix_backward, shared_prefix_scores
@@ -137,6 +138,15 @@ def test_refuses_with_the_reason_and_the_way_out(case):
         arguments = [lambda scores: scores.logps.sum()] if call is shared_prefix_backward else []
         with pytest.raises(NotImplementedError, match=message):
             call(model, make_groups(), *arguments, self_check=False)
+
+
+def test_checkpointing_of_an_older_transformers_is_refused(monkeypatch):
+    model = qwen3().train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert why_not_exact(model) == []
+    monkeypatch.delattr(GradientCheckpointingLayer, "_can_checkpoint_with_cache")
+    (reason,) = why_not_exact(model)
+    assert "transformers >= 5.23" in reason and "switch gradient checkpointing off" in reason
 
 
 def test_accepts_what_is_switched_off():

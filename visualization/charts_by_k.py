@@ -170,8 +170,10 @@ def growth_panel(axes: Axes, records: list[dict], meter: str) -> None:
             look = {"color": colour, "fontweight": "bold", "fontsize": style.SMALL_PT + 0.5, "zorder": 8}
             look["path_effects"] = style.HALO
             axes.annotate(text, (k, height), **look, **at)
-    style.draw_oom_marks(axes, oom_marks(runs, top))
-    style.draw_budgets(axes, budgets(records))
+    marks = oom_marks(runs, top)
+    style.draw_oom_marks(axes, marks)
+    near_left = marks and ks.index(min(marks)[0]) < len(ks) - 1 - ks.index(max(marks)[0])
+    style.draw_budgets(axes, budgets(records), side="right" if near_left else "left")
 
 
 def oom_marks(runs: pd.DataFrame, top: float) -> list[tuple[int, float, str]]:

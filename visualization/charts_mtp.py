@@ -26,7 +26,7 @@ MIB, GIB = 2**20, 2**30
 # Okabe and Ito's palette; ours drawn last
 LOOKS = {
     "naive": ("naive F.cross_entropy", "#D55E00", "o"),
-    "seed-del": ("the seed's: del", "#E69F00", "v"),
+    "seed-del": ("the usual remedy: del", "#E69F00", "v"),
     "torch-chunked-mean": ("PyTorch chunked, one call per head", "#56B4E9", "s"),
     "torch-chunked-none": ("PyTorch chunked, one call", "#56B4E9", "D"),
     "torch-chunked-64": ("PyTorch chunked, 64 rows, one call per head", "#56B4E9", "P"),

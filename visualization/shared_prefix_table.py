@@ -23,7 +23,7 @@ NOTES = """
   rows of the completions). Growth: peak(k = 64) / peak(k = 2).
 - Times: whole optimizer steps of the two trainers in turn, each in a fresh process, without the meter
   (experiments/compare_time.py); how many times less time the shared prefix takes, over all pairs. Threads: of each
-  process (all: those of the machine, 2 for the recorded runs). Token ratio:
+  process. Token ratio:
   k (P + R) / (P + k R), what computing every prompt token once can save at most where time goes by tokens; of the
   ratio: how near the step comes. Work ratio: floating-point operations of the rows' training over those of the shared
   prefix's, counted with the peaks, the limit of the training's gain where time goes by operations. A completion has an

@@ -160,17 +160,19 @@ def value_label(axes: Axes, x: float, y: float, text: str, **look) -> None:
     axes.text(x, y, text, path_effects=HALO, **look)
 
 
-def draw_budgets(axes: Axes, budgets_gib: list[float], labelled: bool = True) -> None:
-    """Each budget as a dashed labelled line; one beyond the axis as a line of text. Set the axis first."""
+def draw_budgets(axes: Axes, budgets_gib: list[float], labelled: bool = True, side: str = "left") -> None:
+    """Each budget as a dashed line, labelled at its `side` end; one beyond the axis as a line of text. Set the axis
+    first."""
     top = axes.get_ylim()[1]
-    look = {"fontsize": SMALL_PT, "color": ALARM, "ha": "left", "transform": axes.get_yaxis_transform()}
+    x = 0.008 if side == "left" else 0.992
+    look = {"fontsize": SMALL_PT, "color": ALARM, "ha": side, "transform": axes.get_yaxis_transform()}
     for budget in budgets_gib:
         if budget <= top:
             axes.axhline(budget, color=ALARM, linestyle="--", linewidth=1.1, zorder=3)
             if labelled:
-                value_label(axes, 0.008, budget + 0.015 * top, f"budget {budget:g} GiB", **look)
+                value_label(axes, x, budget + 0.015 * top, f"budget {budget:g} GiB", **look)
         elif labelled:
-            value_label(axes, 0.008, 0.98 * top, f"budget {budget:g} GiB, above this axis", **(look | {"va": "top"}))
+            value_label(axes, x, 0.98 * top, f"budget {budget:g} GiB, above this axis", **(look | {"va": "top"}))
 
 
 def draw_oom_bar(axes: Axes, x: float, width: float, height: float, colour: str) -> None:
