@@ -20,6 +20,7 @@ options=()
 for word in "$@"; do
   if [ "$word" = --all ]; then selection=(); else options+=("$word"); fi
 done
+export CUDA_VISIBLE_DEVICES=  # these are the tests of a CPU; experiments/run_gpu_checks.sh has those of a GPU
 echo "run_tests.sh: patch series"
 .venv/bin/python trl/fork.py check
 echo "run_tests.sh: style"

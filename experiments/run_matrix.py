@@ -20,23 +20,27 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import variants  # noqa: E402
-from config import ExperimentConfig  # noqa: E402
+from config import GIB, ExperimentConfig  # noqa: E402
 from memory_monitor import run_monitored  # noqa: E402
 
 DONE = ("ok", "oom")
+FOR_A_GPU = ("published_32gb", "published")
 # glibc keeps freed memory and raises the size from which it gives memory back; fixed sizes make resident memory follow
 # what is live (docs/measuring.md).
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def default_workload() -> str:
-    """`published_32gb` where there is a CUDA device, else `cpu`."""
+    """The largest of `published_32gb`, `published` (16 GiB) and `cpu` whose budget the CUDA device has, else `cpu`."""
     try:
         import torch
-
-        return "published_32gb" if torch.cuda.is_available() else "cpu"
     except ImportError:
         return "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    total_gib = torch.cuda.get_device_properties(0).total_memory / GIB
+    budgets_gib = {name: yaml.safe_load(workload_path(name).read_text())["budget_gib"] for name in FOR_A_GPU}
+    return next((name for name in FOR_A_GPU if budgets_gib[name] <= total_gib), "cpu")
 
 
 def workload_path(name: str) -> Path:
@@ -87,7 +91,9 @@ def main(argv: list[str] | None = None) -> int:
         "--variants", nargs="+", required=True, help=f"of {', '.join(variants.VARIANTS)}, string-level@N"
     )
     parser.add_argument("--k", nargs="+", type=int, default=[2, 4, 8], help="values of rloo_k; default 2 4 8")
-    parser.add_argument("--workload", help="a file of experiments/configs; default cpu, or published_32gb on a GPU")
+    parser.add_argument(
+        "--workload", help="a file of experiments/configs; default cpu; on a GPU published_32gb or published"
+    )
     parser.add_argument("--runs", default="results/runs/local", help="folder of the records")
     parser.add_argument("--seeds", nargs="+", type=int, help="one run per seed, named ..._seedN")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds after which a run is ended")

@@ -24,6 +24,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
+if "LOCAL_RANK" not in os.environ:  # one process uses one GPU; with several, TRL would split batches over all of them
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 
 import variants  # noqa: E402  (the tree has to be chosen before anything imports TRL)
 from config import GIB, ExperimentConfig  # noqa: E402
@@ -177,7 +179,8 @@ def train(config: ExperimentConfig, stage, record: dict) -> None:
 
     set_budget(config, sum(p.numel() for p in shape.parameters()))
 
-    meter = LiveBytes() if config.count_live_bytes else None
+    device = "cuda" if torch.cuda.is_available() else None  # what is offloaded from a GPU is not live there
+    meter = LiveBytes(device=device) if config.count_live_bytes else None
     watch = RunWatch(config.steps, meter, tokenizer.pad_token_id)
     trainer, policy, ref_policy = build_trainer(config, stage, tokenizer, prompts, [watch])
     processes = trainer.accelerator.num_processes

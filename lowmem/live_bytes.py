@@ -26,6 +26,10 @@ class LiveBytes(TorchDispatchMode):
     Views share a storage, which is counted once; a storage that is resized is counted anew. Works on real and on fake
     tensors (push it inside the fake mode).
 
+    Args:
+        phase: the first one.
+        device: type of the only device that counts ("cuda"); None counts all, what is offloaded to the host included.
+
     Attributes:
         live_bytes: bytes live now.
         peak_bytes: largest `live_bytes` so far.
@@ -34,8 +38,9 @@ class LiveBytes(TorchDispatchMode):
         phase: name under which peaks are kept from now on.
     """
 
-    def __init__(self, phase: str = "other"):
+    def __init__(self, phase: str = "other", device: str | None = None):
         super().__init__()
+        self.device = device
         self.live_bytes = 0
         self.peak_bytes = 0
         self.peak_phase = phase
@@ -68,6 +73,8 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def _count(self, storage: torch.UntypedStorage) -> None:
+        if self.device is not None and storage.device.type != self.device:
+            return
         key, size = storage._cdata, storage.nbytes()
         known = self._sizes.get(key)
         if known is not None:

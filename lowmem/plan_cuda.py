@@ -1,9 +1,9 @@
 """Makes a dry run on the CPU take the kernels that PyTorch takes on CUDA, where the two keep different tensors alive.
 
 Attention: on CUDA a flash or memory-efficient kernel saves its output and one statistic per row; a mask is expanded
-and padded to a multiple of 8. Dropout saves a boolean mask, on a CPU one of the activation's type (27 % of
-T5-small's peak). Which kernel a given card takes is not known here; these are the defaults of PyTorch for its data
-types.
+and padded to a multiple of 8. Grouped heads in float32, which neither kernel takes, have their scores in full. Dropout
+saves a boolean mask, on a CPU one of the activation's type (27 % of T5-small's peak). Which kernel a given card takes is
+not known here; these are the defaults of PyTorch for its data types.
 """
 
 import contextlib
@@ -15,11 +15,11 @@ aten = torch.ops.aten
 
 
 def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    if enable_gqa:
-        groups = query.shape[-3] // key.shape[-3]
     flash = attn_mask is None and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= 256
     if enable_gqa and not flash:
-        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+        return aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True
+        )[0]
     if flash:
         return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
     bias = attn_mask

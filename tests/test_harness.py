@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import run_matrix
+import torch
 import train
 import yaml
 from conftest import ROOT
@@ -253,6 +255,17 @@ def test_a_run_that_cuts_prompts_or_mixes_groups_fails(tmp_path):
 def test_bad_command_lines_end_in_a_sentence(tmp_path, options, message):
     code, record, stderr = run_train(tmp_path, *options)
     assert code == 2 and message in stderr and "Traceback" not in stderr and not record
+
+
+@pytest.mark.parametrize("total_gib, workload", [(139.8, "published_32gb"), (23.6, "published"), (11.8, "cpu")])
+def test_the_default_workload_is_one_that_the_card_holds(monkeypatch, total_gib, workload):
+    card = SimpleNamespace(total_memory=int(total_gib * 2**30))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert run_matrix.default_workload() == workload
+    way_out = f"the device has {total_gib} GiB. Pass --budget_gib {0.95 * total_gib:.0f} "
+    with pytest.raises(ValueError, match=way_out):
+        train.limit_memory(200)
 
 
 def test_finished_runs_are_skipped_and_others_are_made_again(tmp_path):

@@ -76,3 +76,10 @@ def test_an_address_used_again_is_not_confused():
         del y
         gc.collect()
         assert meter.live_bytes == 0
+
+
+def test_another_device_does_not_count():
+    with LiveBytes(device="meta") as meter:
+        on_the_host, counted = torch.ones(100), torch.ones(25, device="meta")
+    assert meter.live_bytes == meter.peak_bytes == 100
+    assert on_the_host.numel() == 4 * counted.numel()

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lowmem.devices import device_bytes
 from lowmem.dry_run import DryRun, KernelWithoutFake
@@ -12,6 +13,7 @@ from lowmem.live_bytes import LiveBytes
 from lowmem.plan import can_be_written, main, plan_of, sharded, training_yaml
 from lowmem.plan import parser as plan_parser
 from lowmem.plan_config import PlanConfig, changed, from_training_file
+from lowmem.plan_cuda import like_cuda
 from lowmem.plan_host import host_memory, memory_limit
 from lowmem.plan_memory import MemoryTrace
 from lowmem.plan_models import KNOWN_SHAPES, build_model, load_config
@@ -110,6 +112,19 @@ def test_kernels_of_cuda_save_a_boolean_dropout_mask(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(shape | {"decoder_start_token_id": 0}))
     plan = PlanConfig(model=str(tmp_path), method="sft", prompt_tokens=64, response_tokens=32, prompts_per_step=8)
     assert simulate(plan, cuda=True).peak_bytes < 0.9 * simulate(plan).peak_bytes
+
+
+def test_grouped_heads_in_float32_have_no_fused_kernel_on_cuda():
+    def kept(dtype):
+        query, key, value = (torch.rand(1, heads, 256, 16, dtype=dtype, requires_grad=True) for heads in (4, 2, 2))
+        with LiveBytes() as meter:
+            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        return meter.live_bytes, out.shape
+
+    with DryRun(), like_cuda():
+        in_float32, in_bfloat16 = kept(torch.float32), kept(torch.bfloat16)
+    assert in_float32[1] == in_bfloat16[1] == (1, 4, 256, 16)
+    assert in_float32[0] > 4 * 256 * 256 * 4 > 8 * in_bfloat16[0]
 
 
 @pytest.mark.parametrize(

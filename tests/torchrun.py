@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
+PYTHONPATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
 
 
 def launch(script: str, *arguments: str, processes: int = 1, timeout_s: float = 300, ok: bool = True, env=None) -> str:
@@ -24,7 +26,7 @@ def launch(script: str, *arguments: str, processes: int = 1, timeout_s: float = 
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += [str(ROOT / script), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (env or {})
+    environment = os.environ | ENVIRONMENT | (env or {})
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     try:
         output, _ = process.communicate(timeout=timeout_s)
@@ -80,14 +82,13 @@ def failing_probe(folder: Path, settings: dict, processes: int = 1) -> str:
 @functools.cache
 def server() -> subprocess.Popen:
     """probe_server.py, which imports once for all probes of a test session; it ends when its stdin is closed."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "tests/probe_server.py")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env=environment,
+        env=os.environ | ENVIRONMENT,
     )
     atexit.register(process.stdin.close)
     return process
