@@ -26,7 +26,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from lowmem.shared_prefix_checks import active_noise
+from lowmem.shared_prefix_checks import active_noise, forward_dependent_adapters
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -55,7 +55,8 @@ class OomRecovery:
         max_events: after so many out-of-memories of a run the next one is raised.
 
     Raises:
-        NotImplementedError: if dropout is active: the repetition would train on another sample of it.
+        NotImplementedError: if dropout is active, or an adapter depends on the other rows: the repetition would not
+            train on the same numbers.
     """
 
     def __init__(self, model: nn.Module, max_events: int = 100):
@@ -64,6 +65,11 @@ class OomRecovery:
                 f"Out-of-memory recovery needs a model without dropout and noise, but {len(noise)} rates are not 0, "
                 f"the first being {noise[0]}: parts of a micro-batch draw other random numbers than the whole. Set "
                 "them to 0."
+            )
+        if adapters := forward_dependent_adapters(model):
+            raise NotImplementedError(
+                f"Out-of-memory recovery is not shown to be exact with the PEFT adapter ({', '.join(adapters)}), "
+                "which may treat parts of a micro-batch unlike the whole. Use LoRA, or leave the recovery off."
             )
         self.model, self.max_events = model, max_events
         self.max_rows: int | None = None

@@ -2,8 +2,8 @@
 
 Attention: on CUDA a flash or memory-efficient kernel saves its output and one statistic per row; a mask is expanded
 and padded to a multiple of 8. Grouped heads in float32, which neither kernel takes, have their scores in full. Dropout
-saves a boolean mask, on a CPU one of the activation's type (27 % of T5-small's peak). Which kernel a given card takes is
-not known here; these are the defaults of PyTorch for its data types.
+saves a boolean mask, on a CPU one of the activation's type (27 % of T5-small's peak). Which kernel a given card takes
+is not known here; these are the defaults of PyTorch for its data types.
 """
 
 import contextlib

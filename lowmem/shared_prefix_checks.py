@@ -22,8 +22,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 EXACT_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 # RoPE whose angle at a position does not depend on the rest of the sequence.
 STATIC_ROPE_TYPES = frozenset({"default", "linear", "yarn", "llama3", "proportional"})
-# Model types that add an embedding of the position, and count positions from the padding when they are given none.
-LEARNED_POSITIONS = frozenset({"gpt2", "gpt_neo", "gpt_bigcode", "xglm", "biogpt", "bert"})
+# Model types that add an embedding of the position or scale by it (Beam), and count from the padding when given none.
+LEARNED_POSITIONS = frozenset({"gpt2", "gpt_neo", "gpt_bigcode", "xglm", "biogpt", "bert", "beam"})
+# PEFT types that are shown to change every token alike, whatever else is in the forward (test_shared_prefix_adapters).
+TOKENWISE_ADAPTERS = frozenset(
+    ["LORA", "ADALORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT", "HRA", "LN_TUNING", "VERA", "VBLORA", "RANDLORA"]
+    + ["FOURIERFT", "WAVEFT", "C3A", "MISS", "SHIRA", "ROAD", "DELORA", "GRALORA", "OSF", "TRAINABLE_TOKENS"]
+)
+_LORA_OF_THE_FORWARD = ("alora_invocation_tokens", "velora_config", "monteclora_config")
 # Parts of the names under which transformers and PEFT keep the rate of a random disturbance.
 _NOISE_NAMES = ("drop", "jitter", "noise")
 _STATEFUL_MODULES = (nn.Conv1d, nn.RNNBase, nn.RNNCellBase, nn.modules.batchnorm._BatchNorm)
@@ -189,18 +195,25 @@ def adapter_reasons(model: nn.Module) -> list[str]:
             "The PEFT adapter puts virtual tokens before the prompt, which move its positions. Use LoRA or another "
             "adapter that changes weights."
         )
-    if any(_adapter_sees_the_forward(adapter) for adapter in adapters.values()):
+    if names := forward_dependent_adapters(model):
         reasons.append(
-            "The PEFT adapter depends on the forward that it is in: activated LoRA looks for its invocation among the "
-            "tokens at hand, VeLoRA keeps statistics of them, PVeRA draws noise. Use LoRA or another adapter that "
-            "treats every token alike."
+            f"The PEFT adapter ({', '.join(names)}) depends on the forward that it is in, or is not known to treat "
+            "every token alike: activated LoRA looks for its invocation among the tokens at hand, Lily averages over "
+            "them, VeLoRA keeps statistics of them, Shadow sees no cached prompt, PVeRA and MonteCLoRA draw noise. "
+            "Use LoRA or another adapter that treats every token alike."
         )
     return reasons
 
 
-def _adapter_sees_the_forward(adapter) -> bool:
-    settings = ("alora_invocation_tokens", "velora_config")
-    return adapter.peft_type == "PVERA" or any(getattr(adapter, name, None) is not None for name in settings)
+def forward_dependent_adapters(model: nn.Module) -> list[str]:
+    """Adapters for which a token's result is not known to be the same in every forward; virtual tokens left out."""
+    found = set()
+    for adapter in (getattr(model, "peft_config", None) or {}).values():
+        kind = getattr(adapter.peft_type, "value", adapter.peft_type)
+        if kind not in TOKENWISE_ADAPTERS and not getattr(adapter, "is_prompt_learning", False):
+            found.add(kind)
+        found |= {f"{kind} with {name}" for name in _LORA_OF_THE_FORWARD if getattr(adapter, name, None) is not None}
+    return sorted(found)
 
 
 def why_not_exact_at(model: nn.Module, shortest: int, longest: int) -> list[str]:

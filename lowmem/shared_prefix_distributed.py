@@ -118,6 +118,11 @@ def _why_no_reduction(model: nn.Module) -> list[str]:
         )
     if model.fp16_enabled():
         reasons.append("DeepSpeed scales an fp16 loss inside `engine.backward`, which is not called. Use `bf16`.")
+    if len(set(model.get_data_types())) > 1:
+        reasons.append(
+            "DeepSpeed is to accumulate gradients in a type of their own, but those of a step of the shared prefix "
+            "add up in the type of the weights. Leave `data_types.grad_accum_dtype` out."
+        )
     if not model.managed_gradient_accumulation():
         reasons.append("DeepSpeed's `managed_gradient_accumulation` is false. Leave it at true.")
     return reasons

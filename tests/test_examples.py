@@ -21,6 +21,7 @@ def test_the_script_of_the_readme_trains(probe_model, tmp_path):
     code = f"texts = {[f'The number {n} is' for n in range(4)]}\n" + code.replace(
         '"Qwen/Qwen3-0.6B"', f'"{probe_model}"'
     )
+    code = code.replace('output_dir="out"', 'output_dir="out", use_cpu=True')
     code += "assert trainer.state.global_step == 3, trainer.state\n"
     env = os.environ | {"PYTHONPATH": f"{ROOT / 'trl/v1.16.0/src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)

@@ -86,6 +86,7 @@ TORCH_REFUSALS = {
 }
 DEEPSPEED_REFUSALS = {
     "ZeRO stage 1": ("NotImplementedError", "Use ZeRO-2"),
+    "gradients in another type": ("NotImplementedError", "Leave `data_types.grad_accum_dtype` out"),
     "ZeRO-3": ("NotImplementedError", "Use ZeRO-2"),
     "accumulation in the engine": ("RuntimeError", "`gradient_accumulation_steps`"),
     "SharedPrompt of the engine": ("RuntimeError", "reduce_once(wrapper)"),
@@ -180,6 +181,7 @@ def make_engine(case: dict, model):
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
+        "data_types": {"grad_accum_dtype": case.get("grad_accum_dtype")},
     }
     optimizer = torch.optim.AdamW(trainable(model), **ADAM)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
@@ -290,6 +292,8 @@ def refused(name: str) -> None:
     elif name in ("ZeRO stage 1", "ZeRO-3"):
         engine = make_engine({"stage": 1 if name == "ZeRO stage 1" else 3}, model)
         shared_prefix_backward(engine, groups, loss_fn)
+    elif name == "gradients in another type":
+        shared_prefix_backward(make_engine({"grad_accum_dtype": "bf16"}, model), groups, loss_fn)
     elif name == "accumulation in the engine":
         shared_prefix_backward(make_engine({"gradient_accumulation_steps": 2}, model), groups, loss_fn)
     elif name == "SharedPrompt of the engine":

@@ -74,9 +74,8 @@ def test_a_masked_completion_far_from_the_policy_has_no_gradient(run_grpo):
 def test_weights_of_another_partition_are_seen(run_grpo):
     """Negative control: `bnpo` with the token count of the optimizer step in place of the training step's."""
     extra = {"loss_type": "bnpo"} | ENTROPY
-    faulty = run_grpo("shared-prefix", extra | {"_fault": "weights of the optimizer step"})
-    with pytest.raises(AssertionError):
-        assert_same(faulty, run_grpo("upstream", extra), 1e-5)
+    with pytest.raises(AssertionError, match="differs from the loss of the training steps"):
+        run_grpo("shared-prefix", extra | {"_fault": "weights of the optimizer step"})
 
 
 @pytest.mark.slow
@@ -217,6 +216,12 @@ def refusals(probe_model) -> dict[str, str | None]:
         ("_get_per_token_logps_and_entropies", "NotImplementedError", "Override `_compute_per_token_loss`"),
         ("_prepare_inputs", "NotImplementedError", "Override `_compute_per_token_loss`"),
         ("compute_loss_context_manager", "NotImplementedError", "Override `_compute_per_token_loss`"),
+        ("`_compute_loss` out of the backward pass", "NotImplementedError", "Override `_compute_per_token_loss`"),
+        ("Trainer.training_step", "NotImplementedError", "Undo the change"),
+        ("loss of the training steps", "RuntimeError", "Change what overrides"),
+        ("register_post_accumulate_grad_hook", "NotImplementedError", "Remove the hook"),
+        ("split_batches", "NotImplementedError", "Leave it out"),
+        ("their prompts differ", "RuntimeError", "repeat every prompt"),
         ("token_type_ids", "NotImplementedError", "see `chat_template_kwargs`"),
         ("optimizer step begins", "RuntimeError", "Make a new trainer"),
         ("or ends within", "RuntimeError", "Make a new trainer"),

@@ -229,6 +229,24 @@ def print_refusals(algorithm: str, folder: str) -> None:
             assert self.args.shared_prefix or "group_ids" not in kwargs, "upstream has no such argument"
             return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
+    class OwnTotal(stock_trainer):
+        def _compute_loss_from_logps(self, per_token_logps, *args):
+            return super()._compute_loss_from_logps(per_token_logps, *args) + 0.1 * per_token_logps.mean()
+
+    def train_patched(of_class, name):
+        with pytest.MonkeyPatch.context() as patch:
+            stock = getattr(of_class, name)
+            patch.setattr(of_class, name, lambda *args, **kwargs: stock(*args, **kwargs))
+            train()
+
+    def hook_gradients(trainer):
+        next(trainer.model.parameters()).register_post_accumulate_grad_hook(lambda parameter: None)
+
+    def get_groups_with_another_mask(trainer):
+        ids, prompt_mask = torch.ones(2, 6).long(), torch.ones(2, 6).long()
+        prompt_mask[1, 0] = 0
+        trainer._get_prompt_groups(ids, prompt_mask, ids, torch.ones(2, 6).long(), torch.tensor([0, 0]))
+
     def train_on_padding_beyond_the_switch():
         """Groups of 8 and 10 tokens, padded to 14, and RoPE whose angles change at 12."""
 
@@ -377,6 +395,12 @@ def print_refusals(algorithm: str, folder: str) -> None:
         "_get_per_token_logps_and_entropies": functools.partial(train, trainer_class=OwnLogps),
         "_prepare_inputs": functools.partial(train, change=replace("_prepare_inputs")),
         "compute_loss_context_manager": functools.partial(train, change=replace("compute_loss_context_manager")),
+        "`_compute_loss` out of the backward pass": functools.partial(train_patched, stock_trainer, "_compute_loss"),
+        "Trainer.training_step": functools.partial(train_patched, module._BaseTrainer, "training_step"),
+        "loss of the training steps": functools.partial(train, trainer_class=OwnTotal),
+        "register_post_accumulate_grad_hook": functools.partial(train, change=hook_gradients),
+        "split_batches": functools.partial(train, accelerator_config={"split_batches": True}),
+        "their prompts differ": functools.partial(train, change=get_groups_with_another_mask),
         "token_type_ids": functools.partial(train, change=add_token_types),
         "optimizer step begins": functools.partial(train_out_of_step, interrupt_within_an_optimizer_step),
         "or ends within": functools.partial(train_out_of_step, change_accumulation),
@@ -666,6 +690,12 @@ def refusals(probe_model) -> dict[str, str | None]:
         ("_get_per_token_logps_and_entropies", "NotImplementedError", "Override `_compute_per_sequence_loss`"),
         ("_prepare_inputs", "NotImplementedError", "Override `_compute_per_sequence_loss`"),
         ("compute_loss_context_manager", "NotImplementedError", "Override `_compute_per_sequence_loss`"),
+        ("`_compute_loss` out of the backward pass", "NotImplementedError", "Override `_compute_per_sequence_loss`"),
+        ("Trainer.training_step", "NotImplementedError", "Undo the change"),
+        ("loss of the training steps", "RuntimeError", "Change what overrides"),
+        ("register_post_accumulate_grad_hook", "NotImplementedError", "Remove the hook"),
+        ("split_batches", "NotImplementedError", "Leave it out"),
+        ("their prompts differ", "RuntimeError", "repeat every prompt"),
         ("token_type_ids", "NotImplementedError", "see `chat_template_kwargs`"),
         ("optimizer step begins", "RuntimeError", "Make a new trainer"),
         ("or ends within", "RuntimeError", "Make a new trainer"),
