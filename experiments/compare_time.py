@@ -105,17 +105,12 @@ def main(argv: list[str] | None = None) -> int:
         env = environment()
         words = [word.removeprefix("--") for word in options]
         entries = json.loads(path.read_text()) if path.exists() else {}
-        keys = {}
-        current = {}
+        in_common = {"options": options, "workload": yaml.safe_load(config.read_text())}
+        in_common |= {"machine": machine(env), "num_threads": env["num_threads"]}
+        keys, current = {}, {}
         for peer in peers:
             key = "/".join([workload, f"{compared}_vs_{peer}_k{args.k}", *words, machine(env)])
-            made_with = {
-                "options": options,
-                "trees": [variants.tree_of(variant).commit for variant in (peer, compared)],
-                "workload": yaml.safe_load(config.read_text()),
-                "machine": machine(env),
-                "num_threads": env["num_threads"],
-            }
+            made_with = in_common | {"trees": [variants.tree_of(variant).commit for variant in (peer, compared)]}
             entry = entries.get(key)
             stale = entry is None or any(entry.get(name) != value for name, value in made_with.items())
             if stale or variants.lowmem_changed(entry["lowmem_sha256"]):
