@@ -74,7 +74,7 @@ def test_a_masked_completion_far_from_the_policy_has_no_gradient(run_grpo):
 def test_weights_of_another_partition_are_seen(run_grpo):
     """Negative control: `bnpo` with the token count of the optimizer step in place of the training step's."""
     extra = {"loss_type": "bnpo"} | ENTROPY
-    with pytest.raises(AssertionError, match="differs from the loss of the training steps"):
+    with pytest.raises(AssertionError, match="differ from those of the training step"):
         run_grpo("shared-prefix", extra | {"_fault": "weights of the optimizer step"})
 
 
@@ -214,11 +214,14 @@ def refusals(probe_model) -> dict[str, str | None]:
         ("auxiliary loss", "NotImplementedError", "`router_aux_loss_coef=0.0`"),
         ("_compute_loss", "NotImplementedError", "Override `_compute_per_token_loss`"),
         ("_get_per_token_logps_and_entropies", "NotImplementedError", "Override `_compute_per_token_loss`"),
-        ("_prepare_inputs", "NotImplementedError", "Override `_compute_per_token_loss`"),
+        ("_prepare_inputs", "NotImplementedError", "Override `_generate_and_score_completions`"),
         ("compute_loss_context_manager", "NotImplementedError", "Override `_compute_per_token_loss`"),
         ("`_compute_loss` out of the backward pass", "NotImplementedError", "Override `_compute_per_token_loss`"),
         ("Trainer.training_step", "NotImplementedError", "Undo the change"),
-        ("loss of the training steps", "RuntimeError", "Change what overrides"),
+        ("losses whose gradients were accumulated", "RuntimeError", "Change what overrides"),
+        ("differ from those of the training step", "RuntimeError", "Change what overrides"),
+        ("group_ids", "NotImplementedError", "Keep what `super()._generate_and_score_completions` returns"),
+        ("hides tokens in between", "NotImplementedError", "without holes"),
         ("register_post_accumulate_grad_hook", "NotImplementedError", "Remove the hook"),
         ("split_batches", "NotImplementedError", "Leave it out"),
         ("their prompts differ", "RuntimeError", "repeat every prompt"),

@@ -231,7 +231,23 @@ def print_refusals(algorithm: str, folder: str) -> None:
 
     class OwnTotal(stock_trainer):
         def _compute_loss_from_logps(self, per_token_logps, *args):
-            return super()._compute_loss_from_logps(per_token_logps, *args) + 0.1 * per_token_logps.mean()
+            return super()._compute_loss_from_logps(per_token_logps, *args) + 0.001 * per_token_logps.mean()
+
+    class OwnStatistic(stock_trainer):
+        """Divides the advantages by the largest at hand, whose sum is 0 for any rows of whole groups."""
+
+    def divide_by_largest(self, *args):
+        *args, inputs = args
+        advantages = inputs["advantages"] / inputs["advantages"].abs().max()
+        return getattr(super(OwnStatistic, self), own_loss)(*args, {**inputs, "advantages": advantages})
+
+    own_loss = {"RLOO": "_compute_per_sequence_loss", "GRPO": "_compute_per_token_loss"}[algorithm]
+    setattr(OwnStatistic, own_loss, divide_by_largest)
+
+    class OwnBatch(stock_trainer):
+        def _generate_and_score_completions(self, inputs):
+            batch = super()._generate_and_score_completions(inputs)
+            return {name: value for name, value in batch.items() if name != "group_ids"}
 
     def train_patched(of_class, name):
         with pytest.MonkeyPatch.context() as patch:
@@ -246,6 +262,11 @@ def print_refusals(algorithm: str, folder: str) -> None:
         ids, prompt_mask = torch.ones(2, 6).long(), torch.ones(2, 6).long()
         prompt_mask[1, 0] = 0
         trainer._get_prompt_groups(ids, prompt_mask, ids, torch.ones(2, 6).long(), torch.tensor([0, 0]))
+
+    def get_groups_with_a_hole(trainer):
+        ids, completion_mask = torch.ones(2, 6).long(), torch.ones(2, 6).long()
+        completion_mask[0, 2] = 0
+        trainer._get_prompt_groups(ids, torch.ones(2, 6).long(), ids, completion_mask, torch.tensor([0, 0]))
 
     def train_on_padding_beyond_the_switch():
         """Groups of 8 and 10 tokens, padded to 14, and RoPE whose angles change at 12."""
@@ -375,6 +396,7 @@ def print_refusals(algorithm: str, folder: str) -> None:
             patch.setattr(shared_prefix_self_check, "check_shared_prefix", fail)
             train(**arguments)
 
+    unscaled = {"scale_rewards": "none"} if algorithm == "GRPO" else {}
     reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     cases = {
         "none": train,
@@ -397,7 +419,10 @@ def print_refusals(algorithm: str, folder: str) -> None:
         "compute_loss_context_manager": functools.partial(train, change=replace("compute_loss_context_manager")),
         "`_compute_loss` out of the backward pass": functools.partial(train_patched, stock_trainer, "_compute_loss"),
         "Trainer.training_step": functools.partial(train_patched, module._BaseTrainer, "training_step"),
-        "loss of the training steps": functools.partial(train, trainer_class=OwnTotal),
+        "losses whose gradients were accumulated": functools.partial(train, trainer_class=OwnTotal),
+        "differ from those of the training step": functools.partial(train, trainer_class=OwnStatistic, **unscaled),
+        "group_ids": functools.partial(train, trainer_class=OwnBatch),
+        "hides tokens in between": functools.partial(train, change=get_groups_with_a_hole),
         "register_post_accumulate_grad_hook": functools.partial(train, change=hook_gradients),
         "split_batches": functools.partial(train, accelerator_config={"split_batches": True}),
         "their prompts differ": functools.partial(train, change=get_groups_with_another_mask),
@@ -415,6 +440,11 @@ def print_refusals(algorithm: str, folder: str) -> None:
     if algorithm == "GRPO":
         cases["top_entropy_quantile"] = functools.partial(train, top_entropy_quantile=0.2)
         cases["observation"] = train_with_observations
+    if algorithm == "RLOO":
+        recovery = {"shared_prefix": False, "oom_recovery": True, "per_device_train_batch_size": 4}
+        cases["recovery"] = functools.partial(train, **recovery)
+        cases["With `oom_recovery=True`"] = functools.partial(train, trainer_class=OwnTotal, **recovery)
+        cases["`oom_recovery=True` leaves"] = functools.partial(train, trainer_class=OwnLoss, **recovery)
     messages = {}
     for case, run in cases.items():
         try:
@@ -688,11 +718,16 @@ def refusals(probe_model) -> dict[str, str | None]:
         ("auxiliary loss", "NotImplementedError", "`router_aux_loss_coef=0.0`"),
         ("_compute_loss", "NotImplementedError", "Override `_compute_per_sequence_loss`"),
         ("_get_per_token_logps_and_entropies", "NotImplementedError", "Override `_compute_per_sequence_loss`"),
-        ("_prepare_inputs", "NotImplementedError", "Override `_compute_per_sequence_loss`"),
+        ("_prepare_inputs", "NotImplementedError", "Override `_generate_and_score_completions`"),
         ("compute_loss_context_manager", "NotImplementedError", "Override `_compute_per_sequence_loss`"),
         ("`_compute_loss` out of the backward pass", "NotImplementedError", "Override `_compute_per_sequence_loss`"),
         ("Trainer.training_step", "NotImplementedError", "Undo the change"),
-        ("loss of the training steps", "RuntimeError", "Change what overrides"),
+        ("losses whose gradients were accumulated", "RuntimeError", "Change what overrides"),
+        ("differ from those of the training step", "RuntimeError", "Change what overrides"),
+        ("group_ids", "NotImplementedError", "Keep what `super()._generate_and_score_completions` returns"),
+        ("hides tokens in between", "NotImplementedError", "without holes"),
+        ("With `oom_recovery=True`", "RuntimeError", "set `oom_recovery=False`"),
+        ("`oom_recovery=True` leaves", "NotImplementedError", "Override `_compute_per_sequence_loss`"),
         ("register_post_accumulate_grad_hook", "NotImplementedError", "Remove the hook"),
         ("split_batches", "NotImplementedError", "Leave it out"),
         ("their prompts differ", "RuntimeError", "repeat every prompt"),
@@ -712,7 +747,9 @@ def test_what_is_not_exact_is_refused_with_the_way_out(refusals, case, error, wa
     assert refusals[case].startswith(f"{error}: ") and case in refusals[case] and way_out in refusals[case]
 
 
-@pytest.mark.parametrize("case", [*("none", "experts", "no self-check", "adapter in mixed precision"), *ALSO_EXACT])
+@pytest.mark.parametrize(
+    "case", ["none", "experts", "no self-check", "adapter in mixed precision", "recovery", *ALSO_EXACT]
+)
 def test_what_is_exact_is_not_refused(refusals, case):
     assert refusals[case] is None
 
