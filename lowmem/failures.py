@@ -108,12 +108,14 @@ def read_log(text: str) -> list[Finding]:
 def _lost_worker(lines: list[str]) -> int | None:
     """A connection that ended inside the data loader: the worker died while its batch was being handed over.
 
-    Its death may also interrupt the printing of that traceback, of which Python then shows the exception's repr.
+    Its death may also interrupt the printing of that traceback, before or after its lines, of which Python then shows
+    the exception's repr: a signal handler that raises is what the data loader has.
     """
     for number, line in enumerate(lines):
-        if re.match(r"(?:object repr\s*: )?(ConnectionResetError|ConnectionRefusedError|EOFError)\b", line.strip()):
-            if any("utils/data/dataloader.py" in earlier for earlier in lines[max(0, number - 80) : number]):
-                return number
+        ended = re.match(r"(object repr\s*: )?(ConnectionResetError|ConnectionRefusedError|EOFError)\b", line.strip())
+        traceback = lines[max(0, number - 80) : number]
+        if ended and (ended[1] or any("utils/data/dataloader.py" in earlier for earlier in traceback)):
+            return number
     return None
 
 

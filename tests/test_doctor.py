@@ -63,7 +63,8 @@ def test_a_worker_that_died_while_its_batch_was_handed_over():
     cut_off = "object repr     : ConnectionResetError(104, 'Connection reset by peer')\nlost sys.stderr"
     for end in (error, cut_off):
         assert [finding.kind for finding in read_log(traceback + end)] == ["data loader worker killed"]
-        assert read_log(end) == []  # a connection of something else
+    assert [finding.kind for finding in read_log(cut_off)] == ["data loader worker killed"]  # before its first line
+    assert read_log(error) == []  # a connection of something else
 
 
 def test_ordinary_logs_hold_no_failure():
