@@ -57,7 +57,7 @@ def train(algorithm: str, folder: str, prompts: list[str], shared_prefix: bool, 
         args=getattr(trl, f"{algorithm}Config")(
             output_dir=tempfile.mkdtemp(),
             use_transformers_continuous_batching=True,
-            transformers_continuous_batching_config={"max_memory_percent": 0.02},
+            transformers_continuous_batching_config={"max_memory_percent": 0.02, "max_batch_tokens": 1024},
             generation_kwargs=generation_kwargs,
             shared_prefix=shared_prefix,
             num_generations=NUM_GENERATIONS,
