@@ -33,8 +33,8 @@ from train import environment, machine, write_record  # noqa: E402
 
 import variants  # noqa: E402
 
-# glibc's own settings map every large tensor anew, and page faults were 40 % of the time of the tiny model at 1,024 +
-# 1,024 tokens and k = 4 on an AMD EPYC. Elsewhere than on glibc this does nothing.
+# glibc's own settings map every large tensor anew, and the page faults are much of the time of a small model
+# (docs/measuring.md). Elsewhere than on glibc this does nothing.
 ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184"
 
 

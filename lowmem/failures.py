@@ -113,8 +113,10 @@ def _lost_worker(lines: list[str]) -> int | None:
     """
     for number, line in enumerate(lines):
         ended = re.match(r"(object repr\s*: )?(ConnectionResetError|ConnectionRefusedError|EOFError)\b", line.strip())
+        if not ended:
+            continue
         traceback = lines[max(0, number - 80) : number]
-        if ended and (ended[1] or any("utils/data/dataloader.py" in earlier for earlier in traceback)):
+        if ended[1] or any("utils/data/dataloader.py" in earlier for earlier in traceback):
             return number
     return None
 
