@@ -25,7 +25,12 @@ from visualization.charts_by_k import growth_with_k, peak_memory_comparison, spr
 from visualization.charts_causes import ablation, ablation_records, published_origin
 from visualization.charts_over_time import individual_peak_preserving, learning_curves, load_timeline
 from visualization.combine_memory_data import RecordError, load_records, runs_table
-from visualization.shared_prefix_table import read_time_ratios, read_training_peaks, write_shared_prefix_table
+from visualization.shared_prefix_table import (
+    read_time_ratios,
+    read_training_peaks,
+    steps_markdown,
+    write_shared_prefix_table,
+)
 from visualization.smoothing import peak_preserving, trend
 
 ALL_CHARTS = (
@@ -314,10 +319,26 @@ def test_shared_prefix_table_has_the_ratios_of_the_pairs(full_set, tmp_path):
     text = (tmp_path / "shared_prefix.md").read_text()
     assert "| layers_3072_53 | 3,072 + 53 | off | all rows | 2.00 | 8.00 | 4.000 |" in text
     assert "| layers_3072_53 | 3,072 + 53 | off | shared | 1.50 | 1.50 | 1.000 |" in text
-    assert "| layers_3072_53 | 3,072 + 53 | one CPU | off | token ratio | 7.15 |" in text
-    assert "| layers_3072_53 | 3,072 + 53 | one CPU | off | upstream@1 | 6.67 |" in text  # with two pairs
+    assert "\na: one CPU; –: not measured.\n" in text
+    assert "| layers_3072_53 | 3,072 + 53 | off | token ratio | 7.15 |" in text
+    assert "| layers_3072_53 | 3,072 + 53 | off | upstream@1 | 6.67 a |" in text  # with two pairs
     assert "| upstream@1 (1.06 x tokens) |" in text
     assert "6.67 (5.00 to 10.00)" in text and "| 5.00 | 8.00 | 10.00 | 4.89 |" in text
+
+
+def test_table_of_steps_names_the_machine_and_what_memory_forbids(full_set):
+    peaks, times = read_training_peaks(full_set), read_time_ratios(full_set)
+    measured = times[times["pairs"] == 2]
+    beside = measured.assign(machine="another CPU", step=5.0)
+    row_by_row = measured.assign(k=64, peer="upstream@1-mb1", step=20.0)
+    times = pd.concat([measured, beside, row_by_row])
+    largest = peaks[peaks["k"] == 8]
+    table = steps_markdown(times, pd.concat([peaks, largest.assign(k=64, peak_live_bytes=64 * GIB)]))
+    assert table.startswith("a: another CPU; b: one CPU; –: not measured.\n")
+    setting = "| layers_3072_53 | 3,072 + 53 | off |"
+    assert f"{setting} upstream@1 | 5.00 a, 6.67 b | over 16 GiB |" in table
+    assert f"{setting} upstream@1-mb1 | – | 20.00 b |" in table  # one row at a time is not all rows
+    assert f"{setting} upstream@1 | 5.00 a, 6.67 b | – |" in steps_markdown(times, peaks)
 
 
 def test_an_expected_run_that_is_missing_is_an_error_with_its_name_and_command(tmp_path, capsys):

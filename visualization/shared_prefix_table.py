@@ -17,6 +17,9 @@ from visualization.style import three_digits
 
 VARIANT = "shared-prefix"
 TRAIN_PHASES = ("train_forward", "train_backward")
+PEAK_KEY = ["workload", "k", "gradient_checkpointing"]
+ALL_ROWS = ("upstream", "upstream@1")
+BUDGET_GIB = 16
 NOTES = """
 - Peaks: live tensor bytes of one training forward and backward of one prompt with k completions, weights and
   gradients included (experiments/training_peaks.py, fake tensors; the same chunked LM head in all three ways, on the
@@ -49,7 +52,7 @@ def token_ratio(prompt_tokens: int, completion_tokens: int, k: int) -> float:
 
 def work_ratios(peaks: pd.DataFrame) -> dict[tuple[str, int, bool], float]:
     """Operations of k rows over those of the shared prefix in training, by (workload, k, checkpointing)."""
-    by_way = peaks.pivot_table(values="flops", index=["workload", "k", "gradient_checkpointing"], columns="way")
+    by_way = peaks.pivot_table(values="flops", index=PEAK_KEY, columns="way")
     return (by_way["row by row"] / by_way["shared"]).to_dict()
 
 
@@ -117,20 +120,34 @@ def peaks_markdown(peaks: pd.DataFrame) -> str:
     return markdown_rows(header, rows)
 
 
-def steps_markdown(times: pd.DataFrame) -> str:
-    """Times less time a step: a row per workload, machine, checkpointing and peer below their token ratio, by k."""
+def steps_markdown(times: pd.DataFrame, peaks: pd.DataFrame) -> str:
+    """Times less time a step: a row per workload, checkpointing and peer below their token ratio, by k.
+
+    A figure carries the letter of its machine. All rows at once that were not measured are `over 16 GiB` where their
+    training alone is.
+    """
     ks = sorted(times["k"].unique())
+    letters = {machine: chr(ord("a") + i) for i, machine in enumerate(sorted(times["machine"].unique()))}
+    all_rows = peaks[peaks["way"] == "all rows"] if "way" in peaks else pd.DataFrame(columns=PEAK_KEY)
+    peak_gib = (all_rows.set_index(PEAK_KEY)["peak_live_bytes"] / GIB).to_dict() if len(all_rows) else {}
     rows = []
-    for (workload, machine, checkpointing), part in times.groupby(["workload", "machine", "checkpointing"]):
+    for (workload, checkpointing), part in times.groupby(["workload", "checkpointing"]):
         prompt_tokens, completion_tokens = part[["prompt_tokens", "completion_tokens"]].iloc[0]
-        setting = [workload, f"{prompt_tokens:,} + {completion_tokens:,}", machine, "on" if checkpointing else "off"]
+        setting = [workload, f"{prompt_tokens:,} + {completion_tokens:,}", "on" if checkpointing else "off"]
         ratios = (token_ratio(prompt_tokens, completion_tokens, k) for k in ks)
         rows.append([*setting, "token ratio", *(f"{ratio:.2f}" for ratio in ratios)])
-        for peer, mine in part.groupby("peer"):
-            by_k = mine.sort_values("pairs").drop_duplicates("k", keep="last").set_index("k")["step"]
-            rows.append([*setting, peer, *(f"{by_k[k]:.2f}" if k in by_k else "–" for k in ks)])
-    header = ["workload", "tokens", "machine", "checkpointing", "against", *(f"k = {k}" for k in ks)]
-    return markdown_rows(header, rows)
+        for peer, mine in part.sort_values("pairs", kind="stable").groupby("peer"):
+            latest = mine.drop_duplicates(["k", "machine"], keep="last")
+            cells = []
+            for k in ks:
+                figures = latest[latest["k"] == k].sort_values("machine").itertuples()
+                shown = ", ".join(f"{row.step:.2f} {letters[row.machine]}" for row in figures)
+                too_large = peer in ALL_ROWS and peak_gib.get((workload, k, checkpointing), 0) > BUDGET_GIB
+                cells.append(shown or (f"over {BUDGET_GIB} GiB" if too_large else "–"))
+            rows.append([*setting, peer, *cells])
+    header = ["workload", "tokens", "checkpointing", "against", *(f"k = {k}" for k in ks)]
+    machines = "; ".join(f"{letter}: {machine}" for machine, letter in letters.items())
+    return f"{machines}; –: not measured.\n\n{markdown_rows(header, rows)}"
 
 
 def times_markdown(times: pd.DataFrame) -> str:
@@ -156,7 +173,7 @@ def write_shared_prefix_table(peaks: pd.DataFrame, times: pd.DataFrame, out: Pat
     if not peaks.empty:
         parts += ["## Training peak, GiB\n", peaks_markdown(peaks)]
     if not times.empty:
-        parts += ["## How many times less time a step takes\n", steps_markdown(times)]
+        parts += ["## How many times less time a step takes\n", steps_markdown(times, peaks)]
         parts += ["## The same by phase\n", times_markdown(times)]
         write_csv(times, out / "shared_prefix_times.csv")
     text = "\n".join(parts) + NOTES
