@@ -15,6 +15,7 @@ trainer logs.
 
 import functools
 import importlib
+import inspect
 import json
 import os
 import re
@@ -27,7 +28,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUPS_STAGE, TRAINING_STAGE, LAST_STAGE = 2, 3, 6
+GROUPS_STAGE, TRAINING_STAGE = 2, 3
+NUM_PATCHES = len(list((ROOT / "trl/v1.16.0/patches").glob("*.patch")))
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
 SETTINGS = {"rows_per_micro_batch": 3, "learning_rate": 3e-4, "epochs_per_batch": 2, "kl_coef": 0.1, "steps": 4}
 ARGUMENTS = {"adam_epsilon": 1e-4}  # Adam at 1e-8 turns rounding of a near-zero gradient into a full step
@@ -42,7 +44,7 @@ def run_on_equal_footing(out: str, extra: dict, argv: list[str]) -> None:
     """`rloo_probe.probe`, and what was logged in `out`.json. Names in `extra` that begin with `_` are ours:
 
     `_algorithm`: RLOO or GRPO; `_evaluate`: evaluate after every step; `_resume`: from this checkpoint; `_rollout`:
-    see `use_rollout`; `_fault`: see `plant_fault`.
+    see `use_rollout`; `_released_head`: see `use_released_head`; `_fault`: see `plant_fault`.
     """
     import rloo_probe
     from transformers import TrainerCallback
@@ -66,6 +68,8 @@ def run_on_equal_footing(out: str, extra: dict, argv: list[str]) -> None:
             use_float64_angles_and_head()
         if config.variant == "upstream":
             shuffle_groups(algorithm, config.rloo_k)
+        if "_released_head" in ours:
+            use_released_head()
         trainer, policy, ref_policy = stock_build_trainer(config, *args)
         trainer.add_callback(Watch())
         trainer.eval_dataset = trainer.train_dataset
@@ -97,6 +101,16 @@ def shuffle_groups(algorithm: str, num_generations: int) -> None:
         return {key: value[rows] if value.ndim else value for key, value in batch.items()}
 
     trainer_module(algorithm).shuffle_sequence_dict = shuffle
+
+
+def use_released_head() -> None:
+    """Takes the first patch back, which is for CPUs and behind no flag: the fused head scores every position again."""
+    from trl.trainer import utils
+
+    patched = inspect.getsource(utils.add_fused_lm_head)
+    released = patched.replace(' or hidden_states.device.type == "cpu"', "")
+    assert released != patched
+    exec(released, vars(utils))
 
 
 def use_rollout(trainer, policy, config, with_vllm: bool = False) -> None:
@@ -241,8 +255,24 @@ def print_refusals(algorithm: str, folder: str) -> None:
         advantages = inputs["advantages"] / inputs["advantages"].abs().max()
         return getattr(super(OwnStatistic, self), own_loss)(*args, {**inputs, "advantages": advantages})
 
+    class OwnGradient(stock_trainer):
+        """A term of value 0."""
+
+        def _compute_loss_from_logps(self, per_token_logps, *args):
+            term = (per_token_logps - per_token_logps.detach()).mean()
+            return super()._compute_loss_from_logps(per_token_logps, *args) + term
+
+    class OwnWeights(stock_trainer):
+        """Importance weights over their mean, which are 1 where the policy has sampled the rows at hand itself."""
+
+    def weigh(self, logps, *args):
+        loss, *rest = getattr(super(OwnWeights, self), own_loss)(logps, *args)
+        weights = (logps - logps.detach()).sum(1, keepdim=loss.dim() == 2).exp()
+        return loss * weights / weights.mean(), *rest
+
     own_loss = {"RLOO": "_compute_per_sequence_loss", "GRPO": "_compute_per_token_loss"}[algorithm]
     setattr(OwnStatistic, own_loss, divide_by_largest)
+    setattr(OwnWeights, own_loss, weigh)
 
     class OwnBatch(stock_trainer):
         def _generate_and_score_completions(self, inputs):
@@ -282,7 +312,7 @@ def print_refusals(algorithm: str, folder: str) -> None:
         train(model=model, change=get_groups)
 
     def get_padded_groups_by_position(trainer):
-        trainer.model.config.model_type = "gpt2"
+        trainer.model.config.model_type = "ctrl"
         ids, prompt_mask = torch.ones(2, 6).long(), torch.ones(2, 6).long()
         prompt_mask[:, :2] = 0
         trainer._get_prompt_groups(ids, prompt_mask, ids, torch.ones(2, 6).long(), torch.tensor([0, 0]))
@@ -397,6 +427,8 @@ def print_refusals(algorithm: str, folder: str) -> None:
             train(**arguments)
 
     unscaled = {"scale_rewards": "none"} if algorithm == "GRPO" else {}
+    # Micro-batches of two: the advantages of whole groups have the sum 0
+    parts_of_groups = {"num_generations": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
     reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     cases = {
         "none": train,
@@ -421,6 +453,8 @@ def print_refusals(algorithm: str, folder: str) -> None:
         "Trainer.training_step": functools.partial(train_patched, module._BaseTrainer, "training_step"),
         "losses whose gradients were accumulated": functools.partial(train, trainer_class=OwnTotal),
         "differ from those of the training step": functools.partial(train, trainer_class=OwnStatistic, **unscaled),
+        "their gradients differ in 4 of 4 rows": functools.partial(train, trainer_class=OwnGradient),
+        "and their gradients differ": functools.partial(train, trainer_class=OwnWeights, **parts_of_groups),
         "group_ids": functools.partial(train, trainer_class=OwnBatch),
         "hides tokens in between": functools.partial(train, change=get_groups_with_a_hole),
         "register_post_accumulate_grad_hook": functools.partial(train, change=hook_gradients),
@@ -444,6 +478,7 @@ def print_refusals(algorithm: str, folder: str) -> None:
         recovery = {"shared_prefix": False, "oom_recovery": True, "per_device_train_batch_size": 4}
         cases["recovery"] = functools.partial(train, **recovery)
         cases["With `oom_recovery=True`"] = functools.partial(train, trainer_class=OwnTotal, **recovery)
+        cases["`oom_recovery=True`, the losses"] = functools.partial(train, trainer_class=OwnGradient, **recovery)
         cases["`oom_recovery=True` leaves"] = functools.partial(train, trainer_class=OwnLoss, **recovery)
     messages = {}
     for case, run in cases.items():
@@ -481,7 +516,7 @@ def run_equal(tmp_path_factory, probe_model):
 
 def equal_runs(folder: Path, probe_model: Path):
     """`run(variant, extra_arguments, processes=1, **settings)` -> dict of tensors of the (last) process; every
-    distinct call runs once."""
+    distinct call runs once. Gradients, parameters and the gradient norm have to be those of every process."""
     cache = {}
     defaults = {"model": probe_model, "prompts_per_step": 2, "prompt_tokens": 20, "prompt_tokens_min": 6}
     defaults |= {"response_tokens": 12, "rloo_k": 3, "temperature": 0.9} | SETTINGS
@@ -495,7 +530,11 @@ def equal_runs(folder: Path, probe_model: Path):
             launcher += () if processes == 1 else (f"--nproc_per_node={processes}",)
             arguments = [str(out), json.dumps(ARGUMENTS | extra), f"--variant={variant}", *options]
             run_script(*arguments, launcher=launcher)
-            cache[key] = load_run(Path(f"{out}{processes - 1}"))
+            *others, last = (load_run(Path(f"{out}{rank}")) for rank in range(processes))
+            for other in others:
+                shared = [name for name in last if re.search(r"\.(grad|param)\.|grad_norm", name)]
+                assert shared and [name for name in shared if not same_bits(other[name], last[name])] == []
+            cache[key] = last
         return cache[key]
 
     return run
@@ -524,6 +563,28 @@ def assert_same(ours: dict, reference: dict, tolerance: float) -> None:
             assert torch.equal(found, expected), name
 
 
+def assert_identical(ours: dict, reference: dict) -> None:
+    assert ours.keys() == reference.keys()
+    assert [name for name, expected in reference.items() if not same_bits(ours[name], expected)] == []
+
+
+def same_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return found.dtype == expected.dtype and torch.equal(found.nan_to_num(-1), expected.nan_to_num(-1))
+
+
+FLAG_OFF = [
+    ({}, {}),
+    *(
+        pytest.param(extra, settings, marks=pytest.mark.slow)
+        for extra, settings in (
+            ({}, {"lora_rank": 4, "learning_rate": 3e-3, "gradient_checkpointing": True}),
+            ({"steps_per_generation": 4}, {"steps": 8, "rows_per_micro_batch": 1}),
+            ({"_evaluate": True, "per_device_eval_batch_size": 3}, {}),
+        )
+    ),
+]
+
+
 def assert_is_a_test(reference: dict) -> None:
     """The comparison would mean little if nothing was learned, padded or clipped."""
     assert {"step0", "step1", "step2", "step3"} <= {name.split(".")[0] for name in reference}
@@ -541,11 +602,18 @@ def test_shared_prefix_matches_upstream_in_float32(run_probe):
     assert_same(run_probe("shared-prefix", ARGUMENTS, **SETTINGS), reference, TOLERANCE["float32"])
 
 
-def test_flag_off_is_bit_identical_to_the_tree_before(run_probe):
-    reference = run_probe("upstream@1", ARGUMENTS, **SETTINGS)
-    ours = run_probe(f"upstream@{LAST_STAGE}", ARGUMENTS, **SETTINGS)
-    assert ours.keys() == reference.keys()
-    assert all(torch.equal(ours[name], reference[name]) for name in reference)
+@pytest.mark.parametrize("extra, settings", FLAG_OFF, ids=str)
+def test_flag_off_is_bit_identical_to_the_release(run_equal, extra, settings):
+    """The whole series against TRL as released; on a CPU without the first patch."""
+    reference = run_equal("upstream@0", extra, **settings)
+    ours = run_equal(f"upstream@{NUM_PATCHES}", extra | {"_released_head": True}, **settings)
+    assert_identical(ours, reference)
+
+
+def test_a_difference_of_a_millionth_in_the_loss_is_seen(run_equal):
+    """Negative control of the comparison above."""
+    with pytest.raises(AssertionError):
+        assert_identical(run_equal("upstream@0", {}, kl_coef=0.1000001), run_equal("upstream@0", {}))
 
 
 def test_shuffled_groups_match_a_shuffle_of_groups_in_upstream(run_equal):
@@ -556,11 +624,11 @@ def test_shuffled_groups_match_a_shuffle_of_groups_in_upstream(run_equal):
     assert_same(ours, reference, TOLERANCE["float32"])
 
 
-@pytest.mark.parametrize("stage", [TRAINING_STAGE, LAST_STAGE])
-def test_shared_prefix_matches_upstream_in_float64(run_equal, stage):
+@pytest.mark.parametrize("variant", [f"shared-prefix@{TRAINING_STAGE}", "shared-prefix"])
+def test_shared_prefix_matches_upstream_in_float64(run_equal, variant):
     reference = run_equal("upstream", {}, dtype="float64")
     assert_is_a_test(reference)
-    assert_same(run_equal(f"shared-prefix@{stage}", {}, dtype="float64"), reference, TOLERANCE["float64"])
+    assert_same(run_equal(variant, {}, dtype="float64"), reference, TOLERANCE["float64"])
 
 
 def test_an_adapter_in_mixed_precision_is_sampled_from_as_upstream_does(run_equal):
@@ -681,6 +749,7 @@ def training_peak(algorithm: str, variant: str, k: int, record: Path) -> int:
     options = {"variant": variant, "rloo_k": k, "rows_per_micro_batch": 1, "steps": 2, "record": record}
     options |= {"prompt_tokens": 512, "response_tokens": 48, "vocab_size": 0, "hidden_size": 64, "head_dim": 16}
     options |= {"intermediate_size": 128, "num_hidden_layers": 4}
+    options |= {"self_check": False}  # which holds more than a step does, at every k
     run_script("--train", algorithm, *(f"--{name}={value}" for name, value in options.items()))
     by_phase = json.loads(record.read_text())["summary"]["live_peak_bytes_by_phase"]
     return max(by_phase["train_forward"], by_phase["train_backward"])
@@ -724,9 +793,12 @@ def refusals(probe_model) -> dict[str, str | None]:
         ("Trainer.training_step", "NotImplementedError", "Undo the change"),
         ("losses whose gradients were accumulated", "RuntimeError", "Change what overrides"),
         ("differ from those of the training step", "RuntimeError", "Change what overrides"),
+        ("their gradients differ in 4 of 4 rows", "RuntimeError", "Change what overrides"),
+        ("and their gradients differ", "RuntimeError", "Change what overrides"),
         ("group_ids", "NotImplementedError", "Keep what `super()._generate_and_score_completions` returns"),
         ("hides tokens in between", "NotImplementedError", "without holes"),
         ("With `oom_recovery=True`", "RuntimeError", "set `oom_recovery=False`"),
+        ("`oom_recovery=True`, the losses", "RuntimeError", "Change what overrides"),
         ("`oom_recovery=True` leaves", "NotImplementedError", "Override `_compute_per_sequence_loss`"),
         ("register_post_accumulate_grad_hook", "NotImplementedError", "Remove the hook"),
         ("split_batches", "NotImplementedError", "Leave it out"),
