@@ -35,7 +35,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from lowmem.shared_prefix_checks import LEARNED_POSITIONS, STATIC_ROPE_TYPES, adapter_reasons, transformers_model
+from lowmem.shared_prefix_checks import STATIC_ROPE_TYPES, adapter_reasons, adds_positions, transformers_model
 
 ATTENTION = "lowmem_sequence_parallel"
 LONG_ROW = 1024  # tokens from which on padded rows are scored without a dense mask, which has 1 MiB per row here
@@ -307,8 +307,9 @@ def sequence_logps(
     ids = input_ids.gather(1, places.clamp(max=num_tokens - 1)).masked_fill(~inside, 0)
     is_label = inside & (places >= num_tokens - num_completion_tokens)
     labels = F.pad(ids.masked_fill(~is_label, -100)[:, 1:], (0, 1), value=-100)  # shifted before the split
-    text = transformers_model(model).config.get_text_config(decoder=True)
-    if text.model_type in LEARNED_POSITIONS and int(places.max()) >= text.max_position_embeddings:
+    inner = transformers_model(model)
+    text = inner.config.get_text_config(decoder=True)
+    if adds_positions(inner) and int(places.max()) >= text.max_position_embeddings:
         raise NotImplementedError(
             f"rows that start at {int(first.max())} and are rounded up to {size * peers.size} tokens reach positions "
             f"beyond the {text.max_position_embeddings} that the model has learned. Shorten prompts or completions."

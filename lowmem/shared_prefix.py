@@ -108,7 +108,7 @@ def shared_prefix_backward(
 
     `loss_fn` is called once per micro-batch, and the loss is the sum. So it divides by constants known beforehand
     (rows, tokens of the whole step), never by what is in front of it. Groups run one after the other. The peak is one
-    prompt's graph, plus its keys and values and their gradients, plus one micro-batch; it does not depend on k.
+    prompt's graph, plus its keys and values and their gradients, plus one micro-batch; k does not add to it.
 
     With DDP, FSDP2 or DeepSpeed ZeRO-2 give the wrapper: the gradients (DeepSpeed keeps its own) are then averages
     over ranks, see `lowmem.shared_prefix_distributed`.

@@ -10,6 +10,7 @@ looked for in the configuration and in the modules, and refused with the reason 
 """
 
 import functools
+import re
 from collections.abc import Iterable
 
 import transformers
@@ -22,8 +23,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 EXACT_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 # RoPE whose angle at a position does not depend on the rest of the sequence.
 STATIC_ROPE_TYPES = frozenset({"default", "linear", "yarn", "llama3", "proportional"})
-# Model types that add an embedding of the position or scale by it (Beam), and count from the padding when given none.
-LEARNED_POSITIONS = frozenset({"gpt2", "gpt_neo", "gpt_bigcode", "xglm", "biogpt", "bert", "beam"})
+# Model types that add a vector of the position, or scale by it (Beam), and count from the padding when given none;
+# besides those with an `nn.Embedding` of positions, of which these count from the mask or have rotary ones in it.
+_ABSOLUTE_POSITIONS = frozenset({"ctrl", "xglm", "beam"})
+_OTHER_POSITIONS = frozenset({"opt", "roformer"})
+_POSITION_NAMES = re.compile("pos|wpe")  # as modules are named: position_embeddings, embed_positions, wpe
 # PEFT types that are shown to change every token alike, whatever else is in the forward (test_shared_prefix_adapters).
 TOKENWISE_ADAPTERS = frozenset(
     ["LORA", "ADALORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT", "HRA", "LN_TUNING", "VERA", "VBLORA", "RANDLORA"]
@@ -263,6 +267,19 @@ def refuse_inexact_lengths(model: nn.Module, shortest: int, longest: int) -> Non
     _refuse(why_not_exact_at(model, shortest, longest))
 
 
+def adds_positions(model: PreTrainedModel) -> bool:
+    """Whether the model adds a vector of the position to every token (learned or not), or scales by the position."""
+    model_type = model.config.get_text_config(decoder=True).model_type
+    return (
+        model_type in _ABSOLUTE_POSITIONS
+        or model_type not in _OTHER_POSITIONS
+        and any(
+            isinstance(module, nn.Embedding) and _POSITION_NAMES.search(name.rpartition(".")[2])
+            for name, module in model.named_modules()
+        )
+    )
+
+
 def refuse_inexact_padding(model: nn.Module, num_padding: int, longest: int) -> None:
     """Raises NotImplementedError if the plain computation of left-padded rows depends on the padding.
 
@@ -272,14 +289,15 @@ def refuse_inexact_padding(model: nn.Module, num_padding: int, longest: int) -> 
         num_padding: most tokens of padding that a row has.
         longest: tokens of a row with its padding and its completion.
     """
-    text = transformers_model(model).config.get_text_config(decoder=True)
+    inner = transformers_model(model)
+    text = inner.config.get_text_config(decoder=True)
     rope = getattr(text, "rope_parameters", None) or {}
     scale_steps = [  # positions after which queries are scaled otherwise
         getattr(text, "floor_scale", None) if getattr(text, "attn_temperature_tuning", False) else None,
         rope.get("original_max_position_embeddings") if rope.get("llama_4_scaling_beta") else None,
     ]
-    goes_by_position = text.model_type in LEARNED_POSITIONS or any(step and longest >= step for step in scale_steps)
-    if num_padding and goes_by_position:
+    is_scaled = any(step and longest >= step for step in scale_steps)
+    if num_padding and (is_scaled or adds_positions(inner)):
         _refuse(
             [
                 f"{text.model_type} goes by absolute positions, which the plain computation counts from the padding "

@@ -122,13 +122,13 @@ def _attend(module, query, key, value, attention_mask, scaling=None, softcap=Non
     if kwargs.get("position_bias") is not None or query.shape[2] != 1:
         raise NotImplementedError(
             f"{type(module).__name__} asks for position biases or for several tokens at once, which the shared prefix "
-            "does not decode. Pass `share_cache=False`, or generate without the shared prefix."
+            "does not decode. Pass `share_cache=False` to `shared_prefix_generate`, or leave the shared prefix off."
         )
     layer, sinks = cache.layers[module.layer_idx], kwargs.get("s_aux")
     if isinstance(layer, SharedPromptLayer) and (key is not layer.returned[0] or value is not layer.returned[1]):
         raise NotImplementedError(
             f"{type(module).__name__} changes keys and values after it read them from the cache, where the prompt's "
-            "are not changed. Pass `share_cache=False`, or generate without the shared prefix."
+            "are not changed. Pass `share_cache=False` to `shared_prefix_generate`, or leave the shared prefix off."
         )
     with torch.autocast(query.device.type, enabled=False):  # it would round the scores to half precision
         return _attention(layer, query, key, value, attention_mask, scaling, softcap, sinks), None
@@ -192,14 +192,16 @@ def can_share_cache(model: nn.Module) -> bool:
     """Whether `_attend` may stand in for the model's attention.
 
     The model asks transformers for its attention function, and that is plain attention over what the cache holds, not
-    an implementation of the user's own (also one registered over a name such as "sdpa"), and not over keys expanded
-    from latents (multi-head latent attention).
+    an implementation of the user's own (also one registered over a name such as "sdpa", or the eager one of a module
+    that is not transformers'), and not over keys expanded from latents (multi-head latent attention).
     """
     inner = transformers_model(model)
     usual = inner.config._attn_implementation or "eager"
     function = ALL_ATTENTION_FUNCTIONS.get(usual)
     is_hub_flash = "/" in usual and "flash" in usual
-    is_plain = function in _PLAIN_ATTENTION or is_hub_flash or (usual == "eager" and function is None)
+    attending = [module for module in inner.modules() if hasattr(module, "layer_idx")]
+    is_stock = all(type(module).__module__.startswith("transformers.models.") for module in attending)
+    is_plain = function in _PLAIN_ATTENTION or is_hub_flash or (usual == "eager" and function is None and is_stock)
     has_latents = getattr(inner.config.get_text_config(decoder=True), "kv_lora_rank", None) is not None
     return is_plain and not has_latents and inner._can_set_attn_implementation()
 
@@ -224,5 +226,6 @@ def prompts_kept_once(model: nn.Module, cache: Cache) -> Iterator[None]:
     if any(layer.num_reads != layer.num_updates for layer in shared):
         raise RuntimeError(
             f"{type(inner).__name__} attends past the attention function it was given: its completions did not see "
-            "their prompts and are wrong. Pass `share_cache=False`."
+            "their prompts and are wrong. Pass `share_cache=False` to `shared_prefix_generate`, or leave the shared "
+            "prefix off."
         )

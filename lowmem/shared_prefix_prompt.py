@@ -34,7 +34,8 @@ BranchForward = Callable[[nn.Module, dict, torch.Tensor], tuple[torch.Tensor, to
 def score_logits(model, inputs, labels, *, temperature: float = 1.0, with_entropy: bool = False):
     """`(logits / temperature).log_softmax(-1)` at the labels, from the model's own logits.
 
-    Keeps one (m, R, V) tile of logits, in float32 at least, and makes another in the backward. For other settings pass
+    Keeps one (m, R, V) tile of logits, in float32 at least, and makes another in the backward; with entropies it keeps
+    two, with two more on the way (`score_chunks` has tiles of a few tokens). For other settings pass
     `functools.partial(score_logits, temperature=0.9)` as `branch_forward`.
     """
     logits = model(**inputs, logits_to_keep=labels.shape[1]).logits
@@ -165,8 +166,8 @@ class SharedPrompt:
     Raises:
         NotImplementedError: at `with`, if the result would not be exact; says why and what to do.
         RuntimeError: if the prompt's part was lost or would be wrong: a layer without the cache, weights changed
-            inside the block, no backward inside the block, a backward after it; or if several processes run and
-            nothing would reduce the gradients.
+            inside the block, no backward inside the block, a backward after it, a `prompt_backward` that runs none; or
+            if several processes run and nothing would reduce the gradients.
     """
 
     def __init__(self, model: nn.Module, prompt_ids: torch.Tensor, *, prompt_backward=torch.autograd.backward):
@@ -292,5 +293,14 @@ class SharedPrompt:
             )
         if parts and output is not None:
             parts.append((output, torch.zeros_like(output)))
-        if parts:  # none with a one-token prompt, or when nothing before the last layer is trained
-            self.prompt_backward([root for root, _ in parts], [grad for _, grad in parts])
+        if not parts:  # a one-token prompt, or nothing before the last layer is trained
+            return
+        arrived = []
+        hook = parts[0][0].register_hook(lambda grad: arrived.append(True))
+        self.prompt_backward([root for root, _ in parts], [grad for _, grad in parts])
+        hook.remove()
+        if not arrived:
+            raise RuntimeError(
+                "`prompt_backward` ran no backward through the prompt, whose part of the gradient is lost: it has to "
+                "do what `torch.autograd.backward(tensors, gradients)` does."
+            )

@@ -28,7 +28,7 @@ def train(algorithm: str, folder: str, prompts: list[str], shared_prefix: bool, 
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     trainer_class = getattr(trl, f"{algorithm}Trainer")
-    seen = {"rows": [], "forward_tokens": [], "losses": []}
+    seen = {"rows": [], "forward_tokens": []}
 
     class Watched(trainer_class):
         def _generate_single_turn(self, prompt_ids, *args, **kwargs):
@@ -45,11 +45,6 @@ def train(algorithm: str, folder: str, prompts: list[str], shared_prefix: bool, 
             seen["rows"].append([list(row) for row in zip(prompt_ids, completions, strict=True)])
             seen["forward_tokens"].append(num_tokens)
             return result
-
-        def training_step(self, *args):
-            loss = super().training_step(*args)
-            seen["losses"].append(loss.item())
-            return loss
 
     Watched(
         model=model,

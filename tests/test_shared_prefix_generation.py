@@ -19,7 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 from lowmem import shared_prefix_decode, shared_prefix_generation
 from lowmem.live_bytes import LiveBytes
-from lowmem.shared_prefix_decode import SharedPromptLayer
+from lowmem.shared_prefix_decode import SharedPromptLayer, can_share_cache
 from lowmem.shared_prefix_generation import shared_prefix_generate
 
 NUM_GENERATIONS = 3
@@ -129,22 +129,24 @@ def test_logits_match_stock_in_float64(name):
     torch.testing.assert_close(shared, stock, rtol=0, atol=1e-5 if eager else 1e-12)
 
 
-@pytest.mark.parametrize("share_cache", [True, False], ids=["once", "repeated"])
-def test_the_cache_holds_every_prompt_once(share_cache):
+@pytest.mark.parametrize("share_cache, num_new", [(True, 64), (True, 65), (False, 64)], ids=str)
+def test_the_cache_holds_every_prompt_once(share_cache, num_new):
+    """P - 1 + k R tokens (the prompt's last token in place of the last that is sampled), R in blocks of 64."""
     model = make_model("qwen3", torch.float32).eval()
     ids, mask = make_prompts((70, 70))
     caches = []
     model.register_forward_pre_hook(
         lambda module, args, kwargs: caches.append(kwargs["past_key_values"]), with_kwargs=True
     )
-    options = {"max_new_tokens": 64, "min_new_tokens": 64, "share_cache": share_cache}
+    options = {"max_new_tokens": num_new, "min_new_tokens": num_new, "share_cache": share_cache}
     shared_prefix_generate(model, ids, mask, NUM_GENERATIONS, **options)
     num_tokens = 0
     for layer in caches[-1].layers:
         names = ("prompt_keys", "keys") if isinstance(layer, SharedPromptLayer) else ("keys",)
         num_tokens += sum(getattr(layer, name).shape[0] * getattr(layer, name).shape[2] for name in names)
     num_prompts = 2 if share_cache else 2 * NUM_GENERATIONS
-    assert num_tokens == len(caches[-1].layers) * (num_prompts * 69 + 2 * NUM_GENERATIONS * 64)
+    room = 128 if num_new > 64 else 64
+    assert num_tokens == len(caches[-1].layers) * (num_prompts * 69 + 2 * NUM_GENERATIONS * room)
 
 
 def test_a_model_that_attends_in_its_own_way_is_found_out(monkeypatch):
@@ -316,6 +318,16 @@ def test_attention_of_the_users_own_is_not_replaced(monkeypatch, name):
     monkeypatch.setitem(AttentionMaskInterface._global_mapping, name, masks)
     model = make_model("llama", torch.float32, attn_implementation=name).eval()
     assert_same_tokens(model, *make_prompts(), do_sample=True)
+
+
+def test_eager_attention_of_the_users_own_module_is_not_replaced():
+    """Its function may read from the module what plain attention is not given."""
+    for implementation, is_shared in (("eager", False), ("sdpa", True)):  # sdpa has a function that is known
+        model = make_model("qwen3", torch.float32, attn_implementation=implementation).eval()
+        assert can_share_cache(model)
+        attention = model.model.layers[1].self_attn
+        attention.__class__ = type("OwnAttention", (type(attention),), {"__module__": __name__})
+        assert can_share_cache(model) == is_shared
 
 
 @pytest.mark.parametrize("name", ["qwen3", "mistral"])
