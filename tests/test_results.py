@@ -77,6 +77,26 @@ def test_readme_table_of_the_shared_prefix_is_that_of_the_measurements():
         assert float(row["token ratio"]) == pytest.approx(ratio, abs=0.5 if ratio > 10 else 0.051), row
 
 
+def test_the_bars_of_the_shared_prefix_hold_in_the_measurements():
+    """The model whose layers matter; against TRL with its LM head on completions only, all rows at once."""
+    with open(ROOT / "results/runs/cpu-2core/training_peaks.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["way"] == "shared" and "layers_" in row["workload"]]
+    by_setting = {(row["workload"], row["gradient_checkpointing"]): {} for row in rows}
+    for row in rows:
+        by_setting[row["workload"], row["gradient_checkpointing"]][row["k"]] = int(row["peak_live_bytes"])
+    assert len(by_setting) == 6  # three shapes, checkpointing off and on
+    assert all(peaks["64"] <= 1.05 * peaks["2"] for peaks in by_setting.values())
+    with open(ROOT / "results/shared_prefix_times.csv") as file:
+        times = [row for row in csv.DictReader(file) if row["peer"] == "upstream@1" and row["k"] == "8"]
+    for workload, phase, bar in (
+        ("layers_3072_53", "step", 5),
+        ("layers_3072_53", "generate", 3.5),
+        ("layers_1024_1024", "step", 1.5),
+    ):
+        measured = [float(row[phase]) for row in times if row["workload"] == workload]
+        assert measured and min(measured) >= bar, (workload, phase, measured)
+
+
 def test_committed_records_are_whole_and_name_no_folder_of_a_machine():
     records = load_records(ROOT / "results/runs/cpu-2core")
     assert len(records) >= 30

@@ -147,6 +147,13 @@ def test_checkpointing_of_one_part_matches_plain(name, part):
     with Float64Everywhere():
         losses.pg(plain_scores(model, [group])).backward()
         reference_grads = gradients(model)
+        num_forwards = 0
+
+        def count(*args):
+            nonlocal num_forwards
+            num_forwards += 1
+
+        model.model.layers[0].mlp.register_forward_pre_hook(count)
         if part == "prompt":
             model.activation_checkpointing_enable()
         with SharedPrompt(model, group.prompt_ids) as prompt:
@@ -157,6 +164,8 @@ def test_checkpointing_of_one_part_matches_plain(name, part):
                 logps, _, _ = prompt.score([completion])
                 (-losses.advantages[row] * logps.sum() / losses.num_rows).backward()
     assert worst_relative_error(gradients(model), reference_grads) <= 1e-10
+    num_branches = len(group.completions)
+    assert num_forwards == 1 + num_branches + (1 if part == "prompt" else num_branches), "recomputed in the backward"
 
 
 def make_lora_model(targets, dtype):

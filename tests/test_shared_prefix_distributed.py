@@ -24,7 +24,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torchrun import launch
 
 from lowmem import shared_prefix_prompt
@@ -77,6 +77,8 @@ TORCH_REFUSALS = {
     "module inside DDP": ("RuntimeError", "give the wrapper"),
     "communication hook": ("NotImplementedError", "register_comm_hook"),
     "FSDP1": ("NotImplementedError", "fully_shard"),
+    "DataParallel": ("NotImplementedError", "or DDP"),
+    "DDP around a part": ("NotImplementedError", "Wrap the whole model"),
     "only layers sharded": ("NotImplementedError", "fully_shard(model)"),
     "no groups": ("ValueError", "at least one"),
     "one-token prompt on one rank of FSDP2": ("ValueError", "at least two tokens"),
@@ -266,6 +268,11 @@ def refused(name: str) -> None:
         shared_prefix_backward(model, groups, loss_fn)
     elif name == "FSDP1":
         shared_prefix_backward(FullyShardedDataParallel(model, device_id="cpu"), groups, loss_fn)
+    elif name == "DataParallel":
+        shared_prefix_backward(DataParallel(model), groups, loss_fn)
+    elif name == "DDP around a part":
+        model.model.layers[0] = wrap(DDP, model.model.layers[0])
+        shared_prefix_backward(model, groups, loss_fn)
     elif name == "only layers sharded":
         for layer in model.model.layers:
             fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))

@@ -9,7 +9,8 @@ from visualization.combine_memory_data import lookup, runs_table
 COMPARED = ("baseline", "upstream", "string-level", "shared-prefix")  # in drawing order, ours last
 ONE_ROW = "-mb1"  # suffix of a variant that ran with one row per micro-batch
 WITH_ONE_ROW = tuple(name + suffix for name in COMPARED for suffix in ("", ONE_ROW))
-TABLED = (*WITH_ONE_ROW, "upstream@1")  # upstream@1: v1.16.0 whose fused head skips the prompt on a CPU as well
+# upstream@1: v1.16.0 whose fused head skips the prompt on a CPU as well
+TABLED = (*WITH_ONE_ROW, "upstream@1", "upstream@1" + ONE_ROW)
 EXTRAPOLATED_FROM = ("baseline", "baseline" + ONE_ROW)
 EXPECTED_VARIANTS = ("baseline", "string-level", "upstream", "shared-prefix")
 EXPECTED_KS = (2, 4, 8)
