@@ -34,6 +34,8 @@ _BLOCK_TOKENS = 64  # by which the completions' keys and values grow
 _HALF = (torch.bfloat16, torch.float16)
 # What transformers itself registers, besides the "eager" function of each model. All of them compute plain attention.
 _PLAIN_ATTENTION = (sdpa_attention_forward, flash_attention_forward, flex_attention_forward)
+# Model types whose attention changes keys and values that it read from the cache, or is more than plain attention.
+_OWN_ATTENTION = frozenset({"jetmoe", "doge", "hrm_text"})
 # Cache of the generation at hand, and the modules that may read it
 _decoding: ContextVar[tuple[Cache, frozenset[nn.Module]] | None] = ContextVar("_decoding", default=None)
 
@@ -196,14 +198,15 @@ def can_share_cache(model: nn.Module) -> bool:
     that is not transformers'), and not over keys expanded from latents (multi-head latent attention).
     """
     inner = transformers_model(model)
+    text = inner.config.get_text_config(decoder=True)
     usual = inner.config._attn_implementation or "eager"
     function = ALL_ATTENTION_FUNCTIONS.get(usual)
     is_hub_flash = "/" in usual and "flash" in usual
     attending = [module for module in inner.modules() if hasattr(module, "layer_idx")]
     is_stock = all(type(module).__module__.startswith("transformers.models.") for module in attending)
     is_plain = function in _PLAIN_ATTENTION or is_hub_flash or (usual == "eager" and function is None and is_stock)
-    has_latents = getattr(inner.config.get_text_config(decoder=True), "kv_lora_rank", None) is not None
-    return is_plain and not has_latents and inner._can_set_attn_implementation()
+    is_own = text.model_type in _OWN_ATTENTION or getattr(text, "kv_lora_rank", None) is not None
+    return is_plain and not is_own and inner._can_set_attn_implementation()
 
 
 @contextmanager

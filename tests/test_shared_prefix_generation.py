@@ -293,8 +293,14 @@ LATENTS = {"head_dim": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_
 LATENTS |= {"q_lora_rank": 16, "num_key_value_heads": 4, "first_k_dense_replace": 3}
 
 
-def test_tokens_match_stock_with_latent_attention():
-    model = make_model("deepseek_v3", torch.float32, **LATENTS).eval()
+@pytest.mark.parametrize(
+    "model_type, changes",
+    [("deepseek_v3", LATENTS), ("jetmoe", {"num_local_experts": 2}), ("doge", {}), ("hrm_text", {})],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_tokens_match_stock_with_attention_that_repeats_its_cache(model_type, changes):
+    model = make_model(model_type, torch.float32, **changes).eval()
+    assert not can_share_cache(model)
     for do_sample in (False, True):
         assert_same_tokens(model, *make_prompts(), do_sample=do_sample)
 
