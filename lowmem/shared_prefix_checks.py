@@ -312,6 +312,13 @@ def _refuse(reasons: list[str]) -> None:
         raise NotImplementedError("The shared prefix would not be exact here. " + " ".join(reasons))
 
 
+def lasting_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Those that nothing writes in a forward. PEFT's LoRA on a parameter (experts) puts its own base back in each."""
+    wrappers = (module for module in model.modules() if hasattr(module, "parameter_name"))
+    rewritten = {id(module.get_param()) for module in wrappers if hasattr(module, "get_param")}
+    return [parameter for parameter in model.parameters() if id(parameter) not in rewritten]
+
+
 def weight_versions(parameters: Iterable[nn.Parameter]) -> list[tuple[int, bool]]:
     """What changes when a weight is written in place, or when an adapter in training is switched on or off."""
     return [(parameter._version, parameter.requires_grad) for parameter in parameters]

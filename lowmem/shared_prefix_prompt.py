@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowmem.shared_prefix_checks import (
     adapter_states,
+    lasting_parameters,
     refuse_inexact,
     refuse_inexact_lengths,
     transformers_model,
@@ -183,7 +184,7 @@ class SharedPrompt:
         if self._with_grad:
             refuse_unreduced(self.model)
         reshard(self.model)
-        self._parameters = list(self.model.parameters())
+        self._parameters = lasting_parameters(self.model)
         self._weights, self._adapters = weight_versions(self._parameters), adapter_states(self.model)
         if self.prompt_ids.shape[0] > 1:
             self._roots = self._run_prompt()
@@ -270,7 +271,7 @@ class SharedPrompt:
         return logps.masked_fill(~mask, 0.0), entropies, mask
 
     def _check_weights(self) -> None:
-        num_parameters = sum(1 for _ in self.model.parameters())  # FSDP2 replaces the objects, so these are kept
+        num_parameters = len(lasting_parameters(self.model))  # FSDP2 replaces the objects, so these are kept
         is_same = num_parameters == len(self._parameters) and weight_versions(self._parameters) == self._weights
         if not is_same or adapter_states(self.model) != self._adapters:
             raise RuntimeError(

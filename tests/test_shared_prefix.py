@@ -37,7 +37,8 @@ TOLERANCE = {torch.float64: (1e-12, 1e-10), torch.float32: (1e-5, 1e-4)}
 RAGGED_ONE_TOKEN = [*LENGTHS, (1, (6, 3)), (2, (4,))]  # also a prompt of one token, and a group of one
 
 
-def assert_equals_plain(model, groups, loss_name="pg", *, dtype=torch.float64, **options):
+def assert_equals_plain(model, groups, loss_name="pg", *, dtype=torch.float64, **options) -> tuple[float, float]:
+    """Returns the largest error of a log-probability, in nats, and the relative one of the worst gradient."""
     losses = Losses(model, groups)
     loss_fn = getattr(losses, loss_name)
     reference = plain_scores(model, groups)
@@ -53,6 +54,7 @@ def assert_equals_plain(model, groups, loss_name="pg", *, dtype=torch.float64, *
     assert torch.equal(scores.mask, reference.mask) and torch.equal(scores.rows, reference.rows)
     torch.testing.assert_close(loss, loss_fn(reference).detach(), rtol=1e-5, atol=logp_tolerance * 10)
     assert not scores.logps.requires_grad and not loss.requires_grad
+    return logp_error, grad_error
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
@@ -168,9 +170,9 @@ def test_checkpointing_of_one_part_matches_plain(name, part):
     assert num_forwards == 1 + num_branches + (1 if part == "prompt" else num_branches), "recomputed in the backward"
 
 
-def make_lora_model(targets, dtype):
+def make_lora_model(targets, dtype, name="qwen3"):
     config = LoraConfig(r=4, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
-    model = get_peft_model(make_model("qwen3", dtype), config, autocast_adapter_dtype=False)
+    model = get_peft_model(make_model(name, dtype), config, autocast_adapter_dtype=False)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -188,6 +190,15 @@ def test_lora_matches_plain(targets, checkpointing):
     with Float64Everywhere():
         assert_equals_plain(model, make_groups(), max_branches=2)
     assert_equals_plain(model.float(), make_groups(), dtype=torch.float32, max_branches=2)
+
+
+def test_lora_on_experts_matches_plain():
+    """PEFT puts an expert's frozen weight back in every forward, which is no change of the weights."""
+    model = make_lora_model("all-linear", torch.float64, "qwen3-moe")
+    assert any(hasattr(module, "parameter_name") for module in model.modules())
+    model.get_base_model().activation_checkpointing_enable()
+    with Float64Everywhere():
+        assert_equals_plain(model, make_groups(), max_branches=2)
 
 
 def test_a_frozen_prompt_matches_plain():
