@@ -27,7 +27,7 @@ STATIC_ROPE_TYPES = frozenset({"default", "linear", "yarn", "llama3", "proportio
 # besides those with an `nn.Embedding` of positions, of which these count from the mask or have rotary ones in it.
 _ABSOLUTE_POSITIONS = frozenset({"ctrl", "xglm", "beam"})
 _OTHER_POSITIONS = frozenset({"opt", "roformer"})
-_POSITION_NAMES = re.compile("pos|wpe")  # as modules are named: position_embeddings, embed_positions, wpe
+_POSITION_NAMES = re.compile(r"(^|[._])(wpe|pos|positions?)([._]|$)")  # position_embeddings, embed_positions, wpe
 # PEFT types that are shown to change every token alike, whatever else is in the forward (test_shared_prefix_adapters).
 TOKENWISE_ADAPTERS = frozenset(
     ["LORA", "ADALORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT", "HRA", "LN_TUNING", "VERA", "VBLORA", "RANDLORA"]
@@ -274,7 +274,7 @@ def adds_positions(model: PreTrainedModel) -> bool:
         model_type in _ABSOLUTE_POSITIONS
         or model_type not in _OTHER_POSITIONS
         and any(
-            isinstance(module, nn.Embedding) and _POSITION_NAMES.search(name.rpartition(".")[2])
+            isinstance(module, nn.Embedding) and _POSITION_NAMES.search(name)  # or PEFT's `wpe.base_layer`
             for name, module in model.named_modules()
         )
     )

@@ -227,6 +227,14 @@ def test_padding_that_changes_the_plain_numbers_is_refused(case):
         refuse_inexact_padding(model, num_padding=5, longest=19)  # on one side of the step
 
 
+@pytest.mark.parametrize("adapter", [{"target_modules": ["c_attn", "wpe"]}, {"modules_to_save": ["wpe"]}], ids=str)
+def test_positions_inside_an_adapter_are_found(adapter):
+    model = make_model("gpt2", torch.float32, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **adapter))
+    with pytest.raises(NotImplementedError, match="one length"):
+        refuse_inexact_padding(model, num_padding=10, longest=24)
+
+
 def forget_positions(model, inputs, labels):
     if "past_key_values" in inputs:
         inputs = {**inputs, "position_ids": inputs["position_ids"] - inputs["position_ids"][:, :1]}
