@@ -580,7 +580,7 @@ FLAG_OFF = [
         pytest.param(extra, settings, marks=pytest.mark.slow)
         for extra, settings in (
             ({}, {"lora_rank": 4, "learning_rate": 3e-3, "gradient_checkpointing": True}),
-            ({"steps_per_generation": 4}, {"steps": 8, "rows_per_micro_batch": 1}),
+            ({"steps_per_generation": 4}, {"steps": 8}),
             ({"_evaluate": True, "per_device_eval_batch_size": 3}, {}),
         )
     ),
