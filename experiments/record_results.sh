@@ -38,14 +38,15 @@ layers="layers_3072_53 layers_1024_1024 layers_256_512"
 for workload in $layers; do
   measure --workload $workload --variants upstream@1 upstream@1-mb1 string-level shared-prefix --k 2 8 --steps 1
 done
+measure --workload layers_3072_53 --variants shared-prefix --k 64 --steps 1
+measure --workload layers_256_512 --variants shared-prefix --k 64 --steps 1
 tiny="published balanced long_response"
 .venv/bin/python experiments/training_peaks.py --out "$runs/training_peaks.csv" --workloads $layers $tiny
 export OMP_NUM_THREADS=1
 step() { pairs $1 shared-prefix --workload "$2" --k "$3" --pairs 1 --steps 1 "${@:4}"; }
 for workload in $layers $tiny; do
   for checkpointing in "" "--gradient_checkpointing True"; do
-    for k in 2 4; do step "upstream@1 string-level" $workload $k $checkpointing; done
-    step "upstream@1 upstream@1-mb1 string-level" $workload 8 $checkpointing
+    for k in 2 4 8; do step "upstream upstream@1 upstream@1-mb1 string-level" $workload $k $checkpointing; done
     for k in 16 32 64; do step "upstream@1-mb1 string-level" $workload $k $checkpointing; done
   done
 done
