@@ -32,6 +32,8 @@ NOTES = """
   prefix's, counted with the peaks, the limit of the training's gain where time goes by operations. A completion has an
   LM head of its own and meets the whole prompt in attention, where a CPU's kernel skips what is causal and not what a
   mask hides. (Above the token ratio: in the last layer the prompt's backward is that of its keys and values only.)
+- over 16 GiB: the training peak of all rows at once, counted as above. `upstream` is TRL v1.16.0 as released, whose LM
+  head scores prompts too on a CPU.
 - `upstream@1` is TRL v1.16.0 with its LM head on the completions' rows, `-mb1` one row per micro-batch: the same
   tokens as ours. `string-level` (v0.20.0) samples every completion to its full length, where v1.16.0 ends it at an
   end-of-sequence token; where that made a difference, its completions' tokens over ours stand behind the name. They
