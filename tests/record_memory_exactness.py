@@ -5,13 +5,12 @@
 Each run is `memory_probe.py`: four optimizer steps of RLOOTrainer, two on every rollout, on the same completions.
 """
 
-import datetime
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from record_origin import origin
 from torchrun import ROOT, largest_difference, probe
 
 sys.path[:0] = [str(ROOT)]
@@ -59,15 +58,13 @@ def main() -> None:
         part = {round(h["gradient_bytes"] / h["full_gradient_bytes"], 4) for h in held}
         lines.append(f"| {words} | {processes} | {norm:.1e} | {weight:.1e} | {', '.join(map(str, part)) or '1'} |")
         print(lines[-1], flush=True)
-    git = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     head = [
         "# How far a strategy ends from one process",
         "",
         "A Qwen3 with 4 layers of 32 and tied embeddings, float32, 8 ragged rows per step in groups of 4, left-padded "
         "prompts, beta 0.1; four optimizer steps of RLOOTrainer, two on every rollout. Largest differences over "
         "steps, weights and processes.",
-        f"torch {torch.__version__.partition('+')[0]} · cpu, gloo · n = 1 · {datetime.date.today()} · commit "
-        f"{git.stdout.strip()} · tests/record_memory_exactness.py",
+        origin("tests/record_memory_exactness.py", "cpu, gloo"),
         "",
         "| strategy | processes | gradient norm, relative | weights | gradients per process |",
         "|---|---|---|---|---|",

@@ -5,12 +5,11 @@
 The models, the groups and the limits are those of test_shared_prefix.py; a figure above its limit ends the script.
 """
 
-import datetime
-import subprocess
 import sys
 import warnings
 
 import torch
+from record_origin import origin
 from torchrun import ROOT
 
 sys.path[:0] = [str(ROOT)]
@@ -45,7 +44,6 @@ def main() -> None:
                 what = ("LoRA" if lora else "all weights", "on" if checkpointing else "off")
                 lines.append(f"| {WORDS[name]} | {' | '.join((*what, *cells))} |")
                 print(lines[-1], flush=True)
-    git = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     limits = {dtype: "{:.0e} and {:.0e}".format(*limit) for dtype, limit in TOLERANCE.items()}
     head = [
         "# How far the shared prefix is from k copies of the prompt",
@@ -54,8 +52,7 @@ def main() -> None:
         "tokens, two in a micro-batch, GRPO's loss. Logp: largest error of a log-probability, in nats. Gradient: "
         "largest error of a parameter's, relative to its norm. "
         f"Accepted: {limits[torch.float64]} in float64, {limits[torch.float32]} in float32.",
-        f"torch {torch.__version__.partition('+')[0]} · cpu · n = 1 · {datetime.date.today()} · commit "
-        f"{git.stdout.strip()} · tests/record_shared_prefix_exactness.py",
+        origin("tests/record_shared_prefix_exactness.py", "cpu"),
         "",
         "| model | trained | checkpointing | float64: logp | gradient | float32: logp | gradient |",
         "|---|---|---|---|---|---|---|",
