@@ -5,7 +5,7 @@ checkpointing and silently wrong with it, and it needs all k graphs at once. Her
 the prompt's keys and values as leaves, which survives a replay and lets each branch's graph go before the next.
 
 Shapes: P prompt tokens, R tokens of the longest completion at hand, m branches of a micro-batch, V vocabulary,
-L layers, Hk key-value heads, D head size.
+L layers, Hk key-value heads, D head size; n rows of T tokens in which the branches run.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -26,9 +26,11 @@ from lowmem.shared_prefix_checks import (
     weight_versions,
 )
 from lowmem.shared_prefix_distributed import is_sharded, refuse_unreduced, reshard
+from lowmem.shared_prefix_packing import can_pack, completions_per_row, pack_rows
 
-# (model, inputs, labels) -> log-probabilities (m, R) and entropies (m, R) or None. `inputs` go to the model's forward
-# as they are; `labels` (m, R) belong to the last R positions of `input_ids`, one to one, and are -100 on padding.
+# (model, inputs, labels) -> log-probabilities (n, T) and entropies (n, T) or None. `inputs` go to the model's forward
+# as they are; `labels` (n, T) belong to the last T positions of `input_ids`, one to one, and are -100 on padding. A
+# row holds one completion or several (`lowmem.shared_prefix_packing`): what is returned for a label is its own alone.
 BranchForward = Callable[[nn.Module, dict, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 
 
@@ -63,6 +65,10 @@ def score_chunks(model, inputs, labels, *, temperature: float = 1.0, chunk_token
         "input_ids": torch.cat([ids, targets[:, -1:]], 1),
         "position_ids": torch.cat([positions, positions[:, -1:] + 1], 1),
     }
+    if "attention_mask" in inputs:  # (n, 1, T, P - 1 + T)
+        mask = inputs["attention_mask"]
+        unseen = pad(mask, (0, 1), value=torch.finfo(mask.dtype).min)
+        longer["attention_mask"] = pad(unseen, (0, 0, 0, 1), value=0.0)
     out = model(**longer, response_ids=targets, temperature=temperature, chunk_tokens=chunk_tokens)
     return out.logps, out.entropy
 
@@ -235,9 +241,15 @@ class SharedPrompt:
         return min((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize)
 
     def score(
-        self, completions: Sequence[torch.Tensor], branch_forward: BranchForward = score_logits
+        self,
+        completions: Sequence[torch.Tensor],
+        branch_forward: BranchForward = score_logits,
+        per_row: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Log-probabilities, entropies (or None) and mask of m completions (R_i,) in one forward, each (m, R)."""
+        """Log-probabilities, entropies (or None) and mask of m completions (R_i,) in one forward, each (m, R).
+
+        `per_row` is how many completions share a row of that forward; None for what is fastest.
+        """
         if not self._is_open[0]:
             raise RuntimeError(
                 "SharedPrompt.score outside its `with` block, where the prompt has not run: call it inside."
@@ -250,25 +262,27 @@ class SharedPrompt:
         self._check_weights()
         device = self.prompt_ids.device
         num_prefix = self.prompt_ids.shape[0] - 1
-        lengths = torch.tensor([len(ids) for ids in completions], device=device)
-        mask = torch.arange(int(max(len(ids) for ids in completions)), device=device) < lengths[:, None]  # (m, R)
+        sizes = [len(ids) for ids in completions]
+        mask = torch.arange(max(sizes), device=device) < torch.tensor(sizes, device=device)[:, None]  # (m, R)
         refuse_inexact_lengths(self.model, num_prefix, num_prefix + 1 + mask.shape[1])
-        labels = pad_sequence(list(completions), batch_first=True, padding_value=-100)
-        first = self.prompt_ids[-1:].expand(len(completions), 1)
-        inputs = {
-            "input_ids": torch.cat([first, labels[:, :-1].clamp(min=0)], 1),  # (m, R), padding is never looked at
-            "position_ids": (num_prefix + torch.arange(mask.shape[1], device=device)).expand_as(mask),
-            "use_cache": False,
-        }
+        if per_row is None:
+            per_row = completions_per_row(num_prefix, sizes) if can_pack(self.model) else 1
+        packed = pack_rows(completions, per_row, self.prompt_ids[-1:], num_prefix, self.dtype)
+        inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "use_cache": False}
+        if per_row > 1:
+            inputs["attention_mask"] = packed.attention_mask
         if self._leaves:
             pairs = zip(self._leaves[::2], self._leaves[1::2], strict=True)
             inputs["past_key_values"] = Cache(layers=[_BranchLayer(*pair) for pair in pairs])
         with _cache_reaches_checkpointed_layers(self.model):
-            logps, entropies = branch_forward(self.model, inputs, labels)
+            results = branch_forward(self.model, inputs, packed.labels)  # (n, T)
         if self._leaves:
             _check_every_layer_used(inputs["past_key_values"])
-        entropies = None if entropies is None else entropies.masked_fill(~mask, 0.0)
-        return logps.masked_fill(~mask, 0.0), entropies, mask
+        logps, entropies = (
+            None if values is None else packed.unpack(values, mask.shape[1]).masked_fill(~mask, 0.0)
+            for values in results
+        )
+        return logps, entropies, mask
 
     def _check_weights(self) -> None:
         num_parameters = len(lasting_parameters(self.model))  # FSDP2 replaces the objects, so these are kept

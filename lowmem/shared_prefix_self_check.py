@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowmem.shared_prefix_checks import checkpointing_is_active, transformers_model
 from lowmem.shared_prefix_distributed import gradients_stay_local, least_of_ranks, reshard, without_wrapper
+from lowmem.shared_prefix_packing import can_pack
 from lowmem.shared_prefix_prompt import BranchForward, SharedPrompt, score_logits
 
 if TYPE_CHECKING:
@@ -57,9 +58,10 @@ def check_shared_prefix(
 ) -> dict[str, float]:
     """Runs part of a group shared and plain, and raises rather than lets training go on with wrong numbers.
 
-    The plain way runs `[prompt, completion]` one at a time, with the same `branch_forward`. The loss is the
-    log-probabilities times fixed random weights. Leaves `.grad` and the random state as they were; holds two sets of
-    gradients on the CPU. With FSDP2 all ranks call it with as many completions, and each looks at its shards.
+    The plain way runs `[prompt, completion]` one at a time, with the same `branch_forward`; the shared way runs one
+    completion in a row and, where the model can, all in one. The loss is the log-probabilities times fixed random
+    weights. Leaves `.grad` and the random state as they were; holds two sets of gradients on the CPU. With FSDP2 all
+    ranks call it with as many completions, and each looks at its shards.
 
     Returns:
         `logp_error_max`, `logp_error_mean` (nats) and `grad_error` (norm of the difference over the norm, of all
@@ -81,10 +83,15 @@ def check_shared_prefix(
             (logps * weight).sum().backward()
         return logps.detach()
 
+    ways = (1, len(completions)) if len(completions) > 1 and can_pack(model) else (1,)
+
     def shared():
+        logps = []
         with SharedPrompt(model, prompt_ids) as prompt:
-            logps, _, mask = prompt.score(completions, branch_forward)
-            return backward(logps[mask], torch.cat(weights)), _coarsest_eps(model, prompt.dtype, device)
+            for per_row in ways:
+                found, _, mask = prompt.score(completions, branch_forward, per_row)
+                logps.append(backward(found[mask], torch.cat(weights) / len(ways)))
+            return torch.cat(logps), _coarsest_eps(model, prompt.dtype, device)
 
     def plain():
         rows = []
@@ -93,7 +100,7 @@ def check_shared_prefix(
             positions = torch.arange(row.shape[1], device=row.device)[None]
             inputs = {"input_ids": row, "position_ids": positions, "use_cache": False}
             rows.append(backward(branch_forward(model, inputs, ids[None])[0][0], weight))
-        return torch.cat(rows)
+        return torch.cat(rows * len(ways))
 
     reshard(model)
     kept = {name: parameter.grad for name, parameter in model.named_parameters()}

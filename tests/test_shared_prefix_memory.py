@@ -19,6 +19,7 @@ def train_step_peak_bytes(num_completions: int, *, checkpointing: bool, shared: 
         parameter.grad = torch.zeros_like(parameter)
     meter = LiveBytes()
     meter.track([*model.parameters(), *model.buffers(), *(parameter.grad for parameter in model.parameters())])
+    meter.track([group.prompt_ids, *group.completions])
     bytes_before = meter.live_bytes
     rows = torch.stack([torch.cat([group.prompt_ids, ids]) for ids in group.completions])
     with meter:

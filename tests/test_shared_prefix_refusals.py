@@ -343,9 +343,13 @@ def test_self_check_runs_once_per_adapter(monkeypatch):
     assert calls == ["default", "default", "other"]
 
 
-def test_a_branch_that_drops_the_cache_is_caught():
-    with pytest.raises(RuntimeError, match="0 of 3 layers used the cache"):
-        shared_prefix_scores(qwen3(), make_groups(), branch_forward=forget_the_prompt, self_check=False)
+@pytest.mark.parametrize(
+    ("lengths", "message"), [((4,), "0 of 3 layers used the cache"), ((7, 4), "must match")], ids=["alone", "packed"]
+)
+def test_a_branch_that_drops_the_cache_is_caught(lengths, message):
+    with pytest.raises(RuntimeError, match=message):
+        groups = make_groups([(23, lengths)])
+        shared_prefix_scores(qwen3(), groups, branch_forward=forget_the_prompt, self_check=False)
 
 
 def test_a_cache_stripped_under_checkpointing_is_caught(monkeypatch):
