@@ -322,7 +322,9 @@ def test_shared_prefix_table_has_the_ratios_of_the_pairs(full_set, tmp_path):
     assert "\na: one CPU; –: not measured.\n" in text
     assert "| layers_3072_53 | 3,072 + 53 | off | token ratio | 7.15 |" in text
     assert "| layers_3072_53 | 3,072 + 53 | off | upstream@1 | 6.67 a |" in text  # with two pairs
-    assert "| upstream@1 (1.06 x tokens) |" in text
+    assert "| layers_3072_53 | 3,072 + 53 | off | upstream@1, k branches | 2.00 a |" in text
+    assert "| 3,072 + 53 | 8 | 8 | one CPU | off | upstream@1 (1.06 x tokens) |" in text
+    assert "| 3,072 + 53 | 8 | 1 | one CPU | off | upstream@1 (1.06 x tokens) |" in text
     assert "6.67 (5.00 to 10.00)" in text and "| 5.00 | 8.00 | 10.00 | 4.89 |" in text
 
 
@@ -331,13 +333,15 @@ def test_table_of_steps_names_the_machine_and_what_memory_forbids(full_set):
     measured = times[times["pairs"] == 2]
     beside = measured.assign(machine="another CPU", step=5.0)
     row_by_row = measured.assign(k=64, peer="upstream@1-mb1", step=20.0)
-    times = pd.concat([measured, beside, row_by_row])
+    four_at_once = measured.assign(branches=4, step=9.0)
+    times = pd.concat([measured, beside, row_by_row, four_at_once])
     largest = peaks[peaks["k"] == 8]
     table = steps_markdown(times, pd.concat([peaks, largest.assign(k=64, peak_live_bytes=64 * GIB)]))
     assert table.startswith("a: another CPU; b: one CPU; –: not measured.\n")
     setting = "| layers_3072_53 | 3,072 + 53 | off |"
     assert f"{setting} upstream@1 | 5.00 a, 6.67 b | over 16 GiB |" in table
     assert f"{setting} upstream@1-mb1 | – | 20.00 b |" in table  # one row at a time is not all rows
+    assert f"{setting} upstream@1, 4 branches | 9.00 b | – |" in table  # not under that of one branch
     assert f"{setting} upstream@1 | 5.00 a, 6.67 b | – |" in steps_markdown(times, peaks)
 
 

@@ -24,7 +24,7 @@ PEERS = ("upstream@1", f"upstream@1{ONE_ROW}")
 def shared_prefix(peaks: pd.DataFrame, times: pd.DataFrame) -> Figure:
     """A column per workload: training peaks above, times saved below."""
     names = [name for name in peaks["workload"].unique() if name.startswith("layers_")]
-    times = times[times["workload"].isin(names)]
+    times = times[times["workload"].isin(names) & (times["branches"] == 1)]
     if not times.empty:
         times = times[times["machine"] == times["machine"].mode()[0]]  # the one with the most measurements
     machines = ", ".join(sorted(set(times["machine"])))

@@ -32,6 +32,8 @@ NOTES = """
   prefix's, counted with the peaks, the limit of the training's gain where time goes by operations. A completion has an
   LM head of its own and meets the whole prompt in attention, where a CPU's kernel skips what is causal and not what a
   mask hides. (Above the token ratio: in the last layer the prompt's backward is that of its keys and values only.)
+- Ours holds one branch at once (`per_device_train_batch_size=1`), which has the smallest peak; `k branches`: all of
+  them, as TRL with all rows does. Branches: how many.
 - over 16 GiB: the training peak of all rows at once, counted as above. `upstream` is TRL v1.16.0 as released, whose LM
   head scores prompts too on a CPU.
 - `upstream@1` is TRL v1.16.0 with its LM head on the completions' rows, `-mb1` one row per micro-batch: the same
@@ -61,9 +63,10 @@ def work_ratios(peaks: pd.DataFrame) -> dict[tuple[str, int, bool], float]:
 def read_time_ratios(runs_dir: Path) -> pd.DataFrame:
     """One row per comparison with the shared prefix: how many times less time, whole step and by phase.
 
-    Columns: workload, peer, k, checkpointing, prompt_tokens, completion_tokens, tokens_of_peer (its completions' over
-    ours; NaN where not recorded), token_ratio, work_ratio (of the training; NaN without its training peak), pairs,
-    threads, machine, step, step_min, step_max, generate, score, train. Empty where there are none.
+    Columns: workload, peer, k, checkpointing, branches (that ours held at once), prompt_tokens, completion_tokens,
+    tokens_of_peer (its completions' over ours; NaN where not recorded), token_ratio, work_ratio (of the training; NaN
+    without its training peak), pairs, threads, machine, step, step_min, step_max, generate, score, train. Empty where
+    there are none.
     """
     path = runs_dir / "time_pairs.json"
     entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -78,6 +81,7 @@ def read_time_ratios(runs_dir: Path) -> pd.DataFrame:
             continue
         prompt_tokens, completion_tokens = entry["tokens_per_row"]
         checkpointing = "gradient_checkpointing" in options
+        values = dict(zip(options, options[1:], strict=False))  # of each option the word behind it
         sampled = entry.get("completion_tokens", (math.nan, math.nan))
         phases = {}
         for name, parts in (("generate", ("generate",)), ("score", ("score",)), ("train", TRAIN_PHASES)):
@@ -89,6 +93,7 @@ def read_time_ratios(runs_dir: Path) -> pd.DataFrame:
                 "peer": peer,
                 "k": int(k),
                 "checkpointing": checkpointing,
+                "branches": int(values.get("rows_per_forward", 1)),
                 "prompt_tokens": prompt_tokens,
                 "completion_tokens": completion_tokens,
                 "tokens_of_peer": sampled[0] / sampled[1],
@@ -104,7 +109,7 @@ def read_time_ratios(runs_dir: Path) -> pd.DataFrame:
             }
         )
     frame = pd.DataFrame(rows)
-    return frame.sort_values(["workload", "machine", "checkpointing", "peer", "k"]) if rows else frame
+    return frame.sort_values(["workload", "machine", "checkpointing", "peer", "k", "branches"]) if rows else frame
 
 
 def peaks_markdown(peaks: pd.DataFrame) -> str:
@@ -122,8 +127,15 @@ def peaks_markdown(peaks: pd.DataFrame) -> str:
     return markdown_rows(header, rows)
 
 
+def label_of(row: pd.Series) -> str:
+    """The peer, and how many branches ours held at once if more than one."""
+    if row["branches"] == 1:
+        return row["peer"]
+    return f"{row['peer']}, {'k' if row['branches'] == row['k'] else row['branches']} branches"
+
+
 def steps_markdown(times: pd.DataFrame, peaks: pd.DataFrame) -> str:
-    """Times less time a step: a row per workload, checkpointing and peer below their token ratio, by k.
+    """Times less time a step: a row per workload, checkpointing, peer and branches below their token ratio, by k.
 
     A figure carries the letter of its machine. All rows at once that were not measured are `over 16 GiB` where their
     training alone is.
@@ -138,27 +150,28 @@ def steps_markdown(times: pd.DataFrame, peaks: pd.DataFrame) -> str:
         setting = [workload, f"{prompt_tokens:,} + {completion_tokens:,}", "on" if checkpointing else "off"]
         ratios = (token_ratio(prompt_tokens, completion_tokens, k) for k in ks)
         rows.append([*setting, "token ratio", *(f"{ratio:.2f}" for ratio in ratios)])
-        for peer, mine in part.sort_values("pairs", kind="stable").groupby("peer"):
+        for label, mine in part.sort_values("pairs", kind="stable").groupby(part.apply(label_of, axis=1)):
             latest = mine.drop_duplicates(["k", "machine"], keep="last")
             cells = []
             for k in ks:
                 figures = latest[latest["k"] == k].sort_values("machine").itertuples()
                 shown = ", ".join(f"{row.step:.2f} {letters[row.machine]}" for row in figures)
-                too_large = peer in ALL_ROWS and peak_gib.get((workload, k, checkpointing), 0) > BUDGET_GIB
+                too_large = label in ALL_ROWS and peak_gib.get((workload, k, checkpointing), 0) > BUDGET_GIB
                 cells.append(shown or (f"over {BUDGET_GIB} GiB" if too_large else "–"))
-            rows.append([*setting, peer, *cells])
+            rows.append([*setting, label, *cells])
     header = ["workload", "tokens", "checkpointing", "against", *(f"k = {k}" for k in ks)]
     machines = "; ".join(f"{letter}: {machine}" for machine, letter in letters.items())
     return f"{machines}; –: not measured.\n\n{markdown_rows(header, rows)}"
 
 
 def times_markdown(times: pd.DataFrame) -> str:
-    header = ["workload", "tokens", "k", "machine", "checkpointing", "against", "pairs", "threads", "token ratio"]
-    header += ["step", "of the ratio", "generation", "scoring", "training", "work ratio"]
+    header = ["workload", "tokens", "k", "branches", "machine", "checkpointing", "against", "pairs", "threads"]
+    header += ["token ratio", "step", "of the ratio", "generation", "scoring", "training", "work ratio"]
     rows = []
     for row in times.itertuples():
         span = f" ({row.step_min:.2f} to {row.step_max:.2f})" if row.pairs > 1 else ""
-        cells = [row.workload, f"{row.prompt_tokens:,} + {row.completion_tokens:,}", str(row.k), row.machine]
+        cells = [row.workload, f"{row.prompt_tokens:,} + {row.completion_tokens:,}", str(row.k), str(row.branches)]
+        cells += [row.machine]
         longer = f" ({row.tokens_of_peer:.2f} x tokens)" if row.tokens_of_peer > 1 else ""
         cells += ["on" if row.checkpointing else "off", row.peer + longer, str(row.pairs)]
         cells += ["all" if pd.isna(row.threads) else f"{row.threads:.0f}", f"{row.token_ratio:.2f}"]
