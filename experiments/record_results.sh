@@ -50,6 +50,12 @@ for workload in $layers $tiny; do
     for k in 16 32 64; do step "upstream@1-mb1 string-level" $workload $k $checkpointing; done
   done
 done
+for k in 4 8 16; do  # all k branches at once
+  step "upstream@1-mb1 string-level" layers_3072_53 $k --rows_per_forward $k
+done
+for checkpointing in "" "--gradient_checkpointing True"; do
+  step upstream@1 layers_3072_53 8 --rows_per_forward 8 $checkpointing
+done
 for k in 16 32 64; do step upstream@1 published $k; done
 for workload in layers_3072_53 layers_1024_1024; do step upstream@1 $workload 8 --pairs 3; done
 for k in 2 4; do step upstream@1 layers_256_512 $k --pairs 3; done

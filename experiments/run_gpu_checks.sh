@@ -58,6 +58,7 @@ layers() {
   for workload in layers_3072_53 layers_1024_1024 layers_256_512; do
     matrix --workload $workload --variants upstream shared-prefix --k 2 8 $bf16
     pairs --workload $workload --variants upstream upstream-mb1 shared-prefix --k 8 --pairs 3 $bf16
+    pairs --workload $workload --variants upstream shared-prefix --k 8 --pairs 3 $bf16 --rows_per_forward 8
   done
   matrix --workload layers_3072_53 --variants shared-prefix --k 16 32 64 $bf16
 }
@@ -66,6 +67,7 @@ qwen3() {  # the allocator's own peaks, without the live-bytes meter; stock with
   for workload in qwen3_0_6b_2k qwen3_0_6b_8k qwen3_4b_2k; do
     matrix --workload $workload --variants upstream upstream-mb1 shared-prefix --k 8 --count_live_bytes False
     pairs --workload $workload --variants upstream-mb1 shared-prefix --k 8 --pairs 1
+    pairs --workload $workload --variants upstream-mb1 shared-prefix --k 8 --pairs 1 --rows_per_forward 8
   done
   if "$python" -c 'import flash_attn' 2> /dev/null; then
     "$python" experiments/run_matrix.py --runs "$runs-flash" --workload qwen3_0_6b_8k --variants upstream upstream-mb1 \

@@ -3,11 +3,11 @@
     python experiments/training_peaks.py --workloads layers_3072_53 --k 2 4 8 16 32 64 --out results/training_peaks.csv
 
 What would take hours and a hundred gigabytes runs on fake tensors, which have shapes and no data, under the same meter
-as real ones; `--real` runs on data (a test compares both). Three ways, with the same LM head on the completions' rows:
+as real ones; `--real` runs on data (a test compares both). Four ways, with the same LM head on the completions' rows:
 `all rows` runs k copies of the prompt at once, `row by row` accumulates them one at a time, `shared` keeps one prompt
-and its completions one at a time. Weights and gradients are counted apart, because they are there in every way. The
-work is that of matrix products and attention kernels: the LM head of the completions, which no way shares, included.
-Every row names the packages and the commit that it was counted with.
+and its completions one at a time, `shared, k branches` all of them at once. Weights and gradients are counted apart,
+because they are there in every way. The work is that of matrix products and attention kernels: the LM head of the
+completions, which no way shares, included. Every row names the packages and the commit that it was counted with.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from memory import ProductFlops  # noqa: E402
 from memory_samples import write_atomically  # noqa: E402
 
 CHUNK_TOKENS = 32  # whose logits the LM head makes at once, in every way
-WAYS = ("all rows", "row by row", "shared")
+WAYS = ("all rows", "row by row", "shared", "shared, k branches")
 MADE_WITH = ("torch", "transformers", "repo_commit", "repo_dirty")
 COLUMNS = (
     *("workload", "prompt_tokens", "completion_tokens", "k", "gradient_checkpointing", "way"),
@@ -76,14 +76,16 @@ def step(model: nn.Module, config: ExperimentConfig, k: int, way: str) -> None:
     prompt = torch.randint(0, vocab_size, (num_prompt,))
     completions = torch.randint(0, vocab_size, (k, num_completion))
     advantages = torch.linspace(-1.0, 1.0, k)
-    if way == "shared":
+    if way.startswith("shared"):
         score = partial(score_chunks, temperature=config.temperature, chunk_tokens=CHUNK_TOKENS)
 
         def loss_fn(scores):
             return -(scores.logps.sum(-1) * advantages[scores.rows]).sum() / k
 
         group = PromptGroup(prompt, list(completions))
-        shared_prefix_backward(model, [group], loss_fn, max_branches=1, branch_forward=score, self_check=False)
+        branches = 1 if way == "shared" else k
+        limits = {"max_branches": branches, "max_branch_tokens": branches * num_completion}  # as the trainers'
+        shared_prefix_backward(model, [group], loss_fn, **limits, branch_forward=score, self_check=False)
         return
     rows = torch.cat([prompt.expand(k, -1), completions], 1)
     for part in torch.arange(k).split(k if way == "all rows" else 1):

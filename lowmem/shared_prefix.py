@@ -7,7 +7,7 @@ The obvious way runs k rows `[prompt, completion]` and pays for the prompt k tim
    of the leaves, whose gradients add up; a branch's graph is gone before the next one starts;
 3. one backward takes the leaves' gradients through the prompt's graph.
 
-A transformers `Cache` carries the keys and values, so the model, its attention and its masks are the stock ones.
+A transformers `Cache` carries the keys and values, so the model and its attention are the stock ones.
 
     groups = [PromptGroup(prompt_ids, completions)]  # (P,) and k tensors (R_i,)
     def loss_fn(scores):  # the loss of all rows is the sum over micro-batches: divide by constants known beforehand
@@ -97,6 +97,7 @@ def shared_prefix_backward(
     branch_forward: BranchForward = score_logits,
     backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
     prompt_backward=torch.autograd.backward,
+    share_rows: bool = True,
     self_check: bool = True,
 ) -> tuple[torch.Tensor, BranchScores]:
     """Adds to `.grad` what this adds, without k copies of the prompt and without k graphs at once:
@@ -120,6 +121,7 @@ def shared_prefix_backward(
         branch_forward: how the model is asked for log-probabilities, see `BranchForward`.
         backward: called with each micro-batch's loss, for example `accelerator.backward`.
         prompt_backward: see `SharedPrompt`.
+        share_rows: let completions share a row where that is cheaper (`lowmem.shared_prefix_packing`).
         self_check: `lowmem.shared_prefix_self_check` on one group, on first use with this model in this mode.
 
     Returns:
@@ -147,9 +149,9 @@ def shared_prefix_backward(
 
     with reduce_once(model) as module:
         if self_check:
-            check_on_first_use(module, groups, branch_forward, gradients=True)
-        limits = max_branch_tokens, max_branches
-        losses, scores = _run(module, groups, train, idle, limits, branch_forward, prompt_backward=prompt_backward)
+            check_on_first_use(module, groups, branch_forward, gradients=True, share_rows=share_rows)
+        limits, options = (max_branch_tokens, max_branches), {"prompt_backward": prompt_backward}
+        losses, scores = _run(module, groups, train, idle, limits, branch_forward, share_rows, **options)
     return torch.stack(losses).sum(), scores
 
 
@@ -161,6 +163,7 @@ def shared_prefix_scores(
     max_branch_tokens: int = BRANCH_TOKENS,
     max_branches: int | None = None,
     branch_forward: BranchForward = score_logits,
+    share_rows: bool = True,
     self_check: bool = True,
 ) -> BranchScores:
     """Scores of all N completions in the order given, without gradients; for old and reference log-probabilities.
@@ -170,15 +173,16 @@ def shared_prefix_scores(
     """
     module = without_wrapper(model, gradients=False)
     if self_check:
-        check_on_first_use(module, groups, branch_forward, gradients=False)
+        check_on_first_use(module, groups, branch_forward, gradients=False, share_rows=share_rows)
 
     def nothing(scores):
         pass
 
-    return _run(module, groups, nothing, nothing, (max_branch_tokens, max_branches), branch_forward)[1]
+    limits = max_branch_tokens, max_branches
+    return _run(module, groups, nothing, nothing, limits, branch_forward, share_rows)[1]
 
 
-def _run(model, groups, consume, idle, limits, branch_forward, **prompt_options):
+def _run(model, groups, consume, idle, limits, branch_forward, share_rows, **prompt_options):
     """Scores every group in micro-batches, hands each to `consume`; returns what that returned, and all scores.
 
     Where ranks must run the same forwards, one with no micro-batch left hands log-probabilities of a completion to
@@ -198,7 +202,9 @@ def _run(model, groups, consume, idle, limits, branch_forward, **prompt_options)
         group, batches = (groups[place], plan[place]) if place < len(groups) else (groups[-1], [])
         with SharedPrompt(model, group.prompt_ids, **prompt_options) as prompt:
             for batch in batches:
-                logps, entropies, branch_mask = prompt.score([group.completions[i] for i in batch], branch_forward)
+                completions = [group.completions[i] for i in batch]
+                num_rows = None if share_rows else len(batch)
+                logps, entropies, branch_mask = prompt.score(completions, branch_forward, num_rows)
                 scores = BranchScores(torch.tensor(batch, device=device) + first_row, logps, entropies, branch_mask)
                 results.append(consume(scores))
                 for name in ("logps", "entropies"):

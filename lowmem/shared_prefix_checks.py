@@ -54,6 +54,12 @@ def transformers_model(model: nn.Module) -> PreTrainedModel:
     )
 
 
+def attention_is_stock(inner: PreTrainedModel) -> bool:
+    """Whether the attention modules are transformers' own, and not of a class of the user's."""
+    attending = (module for module in inner.modules() if hasattr(module, "layer_idx"))
+    return all(type(module).__module__.startswith("transformers.models.") for module in attending)
+
+
 def why_not_exact(model: nn.Module) -> list[str]:
     """Reasons why one copy of the prompt would not equal k copies for `model` as it is now, each with the way out.
 

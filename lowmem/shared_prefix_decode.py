@@ -27,7 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lowmem.shared_prefix_checks import transformers_model
+from lowmem.shared_prefix_checks import attention_is_stock, transformers_model
 
 IMPLEMENTATION = "shared_prefix_decode"  # name under which transformers finds `_attend`
 _BLOCK_TOKENS = 64  # by which the completions' keys and values grow
@@ -202,9 +202,8 @@ def can_share_cache(model: nn.Module) -> bool:
     usual = inner.config._attn_implementation or "eager"
     function = ALL_ATTENTION_FUNCTIONS.get(usual)
     is_hub_flash = "/" in usual and "flash" in usual
-    attending = [module for module in inner.modules() if hasattr(module, "layer_idx")]
-    is_stock = all(type(module).__module__.startswith("transformers.models.") for module in attending)
-    is_plain = function in _PLAIN_ATTENTION or is_hub_flash or (usual == "eager" and function is None and is_stock)
+    is_eager = usual == "eager" and function is None and attention_is_stock(inner)
+    is_plain = function in _PLAIN_ATTENTION or is_hub_flash or is_eager
     is_own = text.model_type in _OWN_ATTENTION or getattr(text, "kv_lora_rank", None) is not None
     return is_plain and not is_own and inner._can_set_attn_implementation()
 

@@ -22,94 +22,135 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lowmem.shared_prefix_checks import transformers_model
+from lowmem.shared_prefix_checks import attention_is_stock, transformers_model
 
 # Model types that hand a mask of four dimensions to their attention and know places from `position_ids` alone; each is
 # compared with plain rows in tests/test_shared_prefix_packing.py. Others run one completion in a row.
 PACKED_MODEL_TYPES = frozenset(
-    ["gemma", "glm4", "granite", "llama", "mistral", "mixtral", "olmo2", "olmoe", "phi3", "qwen2"]
-    + ["qwen3", "qwen3_moe", "smollm3"]
+    [
+        "gemma",
+        "glm4",
+        "granite",
+        "llama",
+        "mistral",
+        "mixtral",
+        "olmo2",
+        "olmoe",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+    ]
+    + ["smollm3"]
 )
-# Query-key pairs whose attention takes as long as one more copy of a prompt token's keys and values. Measured on a CPU
-# (docs/log.md); a GPU computes pairs faster than it copies, so there fewer completions share a row than could.
+# Query-key pairs whose attention takes as long as one more copy of a prompt token's keys and values: measured on a CPU
+# (docs/log.md), not on a GPU.
 PAIRS_PER_COPY = 64
+_STOCK = {"sdpa": (sdpa_attention_forward, sdpa_mask), "eager": (None, eager_mask)}
 
 
 def can_pack(model: nn.Module) -> bool:
     """Whether completions may share a row: a type shown exact, with its own attention, all layers over all tokens."""
     inner = transformers_model(model)
     text = inner.config.get_text_config(decoder=True)
-    usual = inner.config._attn_implementation or "eager"
-    is_stock = ALL_ATTENTION_FUNCTIONS.get(usual) is {"sdpa": sdpa_attention_forward, "eager": None}.get(usual, inner)
+    usual = text._attn_implementation or "eager"
     is_full = set(getattr(text, "layer_types", None) or ()) <= {"full_attention"}
-    has_window = getattr(text, "sliding_window", None) is not None
-    return text.model_type in PACKED_MODEL_TYPES and is_stock and is_full and not has_window
+    return (
+        text.model_type in PACKED_MODEL_TYPES
+        and (ALL_ATTENTION_FUNCTIONS.get(usual), ALL_MASK_ATTENTION_FUNCTIONS.get(usual)) == _STOCK.get(usual)
+        and type(inner).__module__.startswith("transformers.models.")
+        and attention_is_stock(inner)
+        and is_full
+        and getattr(text, "sliding_window", None) is None
+    )
 
 
-def completions_per_row(num_prefix: int, lengths: Sequence[int]) -> int:
-    """g for completions of `lengths` tokens behind `num_prefix` prompt tokens.
+def deal(num_completions: int, num_rows: int) -> list[range]:
+    """Completions of every row, like cards, so that rows of completions in order of length are of like length."""
+    return [range(row, num_completions, num_rows) for row in range(num_rows)]
 
-    In a row of g, each completion of R tokens costs g R^2 pairs among the completions and 1/g of a copy of the prompt:
-    least at g = sqrt(pairs per copy x P) / R, rounded down. Rows are then filled evenly.
+
+def cheapest_rows(num_prefix: int, lengths: Sequence[int]) -> int:
+    """The number of rows n for completions of `lengths` tokens behind `num_prefix` prompt tokens.
+
+    A row of T tokens costs T (P + T) query-key pairs and a copy of the prompt. The least of all n is taken whose rows
+    are not more tokens, padding included, than one row for each completion.
     """
-    best = int(math.sqrt(PAIRS_PER_COPY * num_prefix) / max(lengths))
-    num_rows = math.ceil(len(lengths) / max(best, 1))
-    return math.ceil(len(lengths) / num_rows)
+    num_tokens = len(lengths) * max(lengths)
+    best, least = len(lengths), math.inf
+    for num_rows in range(len(lengths), 0, -1):
+        width = max(sum(lengths[i] for i in row) for row in deal(len(lengths), num_rows))
+        cost = num_rows * (width * (num_prefix + width) + PAIRS_PER_COPY * num_prefix)
+        if cost < least and num_rows * width <= num_tokens:
+            best, least = num_rows, cost
+    return best
 
 
 @dataclass
 class PackedRows:
-    """m completions in n rows behind `num_prefix` prompt tokens, right-padded to T tokens.
+    """m completions in n rows behind the prompt, right-padded to T tokens.
 
     Attributes:
         labels: (n, T), int64, the completions' tokens, -100 on padding.
         input_ids: (n, T), int64, shifted by one: every completion begins with the prompt's last token.
         position_ids: (n, T), int64.
         attention_mask: (n, 1, T, P - 1 + T), added to the scores: 0 where a token is seen, else the lowest number.
+            None for one completion in a row, whose mask is the model's own.
         starts: (m, 1), int64, where each completion begins in the flattened rows (n T,).
     """
 
     labels: torch.Tensor
     input_ids: torch.Tensor
     position_ids: torch.Tensor
-    attention_mask: torch.Tensor
+    attention_mask: torch.Tensor | None
     starts: torch.Tensor
 
     def unpack(self, values: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Values (n, T) of the labels to (m, num_tokens); behind the end of a completion stands anything."""
+        if values.shape != self.labels.shape:
+            raise ValueError(
+                f"the branch forward returned {tuple(values.shape)} for labels {tuple(self.labels.shape)}: one value "
+                "for every label is expected"
+            )
         places = self.starts + torch.arange(num_tokens, device=values.device)
         return values.flatten()[places.clamp(max=values.numel() - 1)]
 
 
 def pack_rows(
-    completions: Sequence[torch.Tensor], per_row: int, last_prompt_id: torch.Tensor, num_prefix: int, dtype
+    completions: Sequence[torch.Tensor], num_rows: int, last_prompt_id: torch.Tensor, num_prefix: int, dtype
 ) -> PackedRows:
-    """Rows of `per_row` completions (R_i,); `last_prompt_id` (1,) and `num_prefix` P - 1 are the prompt's."""
-    rows = [completions[first : first + per_row] for first in range(0, len(completions), per_row)]
+    """Completions (R_i,) in `num_rows` rows; `last_prompt_id` (1,) and `num_prefix` P - 1 are the prompt's."""
+    dealt = deal(len(completions), num_rows)
+    rows = [[completions[i] for i in indices] for indices in dealt]
     device = last_prompt_id.device
     width = max(sum(len(ids) for ids in row) for row in rows)
-    last_position = (
-        num_prefix + max(len(ids) for ids in completions) - 1
-    )  # also of padding: RoPE may go by the longest
-    labels, input_ids, position_ids, owners, starts = [], [], [], [], []
-    for number, row in enumerate(rows):
+    labels, input_ids, places, owners, starts = [], [], [], [], {}
+    for number, (indices, row) in enumerate(zip(dealt, rows, strict=True)):
         ends = list(itertools.accumulate(len(ids) for ids in row))
-        starts += [number * width + end - len(ids) for end, ids in zip(ends, row, strict=True)]
+        starts |= {i: number * width + end - len(ids) for i, end, ids in zip(indices, ends, row, strict=True)}
         padding = width - ends[-1]
         sizes = [len(ids) for ids in row[:-1]] + [len(row[-1]) + padding]  # padding goes on with the last completion
-        owners.append(torch.cat([torch.full((size,), place, device=device) for place, size in enumerate(sizes)]))
-        position_ids.append(torch.cat([torch.arange(size, device=device) for size in sizes]) + num_prefix)
-        labels.append(pad(torch.cat(list(row)), (0, padding), value=-100))
+        owners.append(torch.cat([torch.full((size,), owner) for owner, size in enumerate(sizes)]))
+        places.append(torch.cat([torch.arange(size) for size in sizes]))
+        labels.append(pad(torch.cat(row), (0, padding), value=-100))
         input_ids.append(pad(torch.cat([part for ids in row for part in (last_prompt_id, ids[:-1])]), (0, padding)))
-    owners = torch.stack(owners)
-    own = (owners[:, :, None] == owners[:, None]).tril()  # (n, T, T)
-    seen = torch.cat([own.new_ones(*owners.shape, num_prefix), own], -1)[:, None]
+    places = torch.stack(places).clamp(
+        max=max(len(ids) for ids in completions) - 1
+    )  # RoPE may go by the last position
+    attention_mask = None
+    if num_rows < len(completions):
+        owners = torch.stack(owners).to(device)
+        own = (owners[:, :, None] == owners[:, None]).tril()  # (n, T, T)
+        unseen = ~torch.cat([own.new_ones(*owners.shape, num_prefix), own], -1)[:, None]
+        attention_mask = torch.zeros(unseen.shape, dtype=dtype, device=device)
+        attention_mask.masked_fill_(unseen, torch.finfo(dtype).min)
     return PackedRows(
         labels=torch.stack(labels),
         input_ids=torch.stack(input_ids),
-        position_ids=torch.stack(position_ids).clamp(max=last_position),
-        attention_mask=torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min),
-        starts=torch.tensor(starts, device=device)[:, None],
+        position_ids=places.to(device) + num_prefix,
+        attention_mask=attention_mask,
+        starts=torch.tensor([starts[i] for i in range(len(completions))], device=device)[:, None],
     )

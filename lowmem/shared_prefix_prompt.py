@@ -26,7 +26,7 @@ from lowmem.shared_prefix_checks import (
     weight_versions,
 )
 from lowmem.shared_prefix_distributed import is_sharded, refuse_unreduced, reshard
-from lowmem.shared_prefix_packing import can_pack, completions_per_row, pack_rows
+from lowmem.shared_prefix_packing import can_pack, cheapest_rows, pack_rows
 
 # (model, inputs, labels) -> log-probabilities (n, T) and entropies (n, T) or None. `inputs` go to the model's forward
 # as they are; `labels` (n, T) belong to the last T positions of `input_ids`, one to one, and are -100 on padding. A
@@ -186,7 +186,7 @@ class SharedPrompt:
 
     def __enter__(self) -> "SharedPrompt":
         refuse_inexact(self.model)
-        self._with_grad = torch.is_grad_enabled()
+        self._with_grad, self._can_pack = torch.is_grad_enabled(), can_pack(self.model)
         if self._with_grad:
             refuse_unreduced(self.model)
         reshard(self.model)
@@ -244,11 +244,11 @@ class SharedPrompt:
         self,
         completions: Sequence[torch.Tensor],
         branch_forward: BranchForward = score_logits,
-        per_row: int | None = None,
+        num_rows: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Log-probabilities, entropies (or None) and mask of m completions (R_i,) in one forward, each (m, R).
 
-        `per_row` is how many completions share a row of that forward; None for what is fastest.
+        They share `num_rows` rows of that forward; None for as many as `cheapest_rows` says.
         """
         if not self._is_open[0]:
             raise RuntimeError(
@@ -265,11 +265,14 @@ class SharedPrompt:
         sizes = [len(ids) for ids in completions]
         mask = torch.arange(max(sizes), device=device) < torch.tensor(sizes, device=device)[:, None]  # (m, R)
         refuse_inexact_lengths(self.model, num_prefix, num_prefix + 1 + mask.shape[1])
-        if per_row is None:
-            per_row = completions_per_row(num_prefix, sizes) if can_pack(self.model) else 1
-        packed = pack_rows(completions, per_row, self.prompt_ids[-1:], num_prefix, self.dtype)
+        if num_rows is None:
+            num_rows = cheapest_rows(num_prefix, sizes) if self._can_pack else len(sizes)
+        elif not 1 <= num_rows <= len(sizes) or (num_rows < len(sizes) and not self._can_pack):
+            packs = "can" if self._can_pack else "cannot"
+            raise ValueError(f"{len(sizes)} completions in {num_rows} rows, of a model that {packs} share a row")
+        packed = pack_rows(completions, num_rows, self.prompt_ids[-1:], num_prefix, self.dtype)
         inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "use_cache": False}
-        if per_row > 1:
+        if packed.attention_mask is not None:
             inputs["attention_mask"] = packed.attention_mask
         if self._leaves:
             pairs = zip(self._leaves[::2], self._leaves[1::2], strict=True)

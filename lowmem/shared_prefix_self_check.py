@@ -55,18 +55,19 @@ def check_shared_prefix(
     gradients: bool = True,
     max_completions: int = 2,
     max_completion_tokens: int = 64,
+    share_rows: bool = True,
 ) -> dict[str, float]:
     """Runs part of a group shared and plain, and raises rather than lets training go on with wrong numbers.
 
-    The plain way runs `[prompt, completion]` one at a time, with the same `branch_forward`; the shared way runs one
-    completion in a row and, where the model can, all in one. The loss is the log-probabilities times fixed random
-    weights. Leaves `.grad` and the random state as they were; holds two sets of gradients on the CPU. With FSDP2 all
-    ranks call it with as many completions, and each looks at its shards.
+    The plain way runs `[prompt, completion]` one at a time, with the same `branch_forward`; the shared way has a row
+    for each completion, and once more one for all where the model can. The loss is the log-probabilities times fixed
+    random weights. Leaves `.grad` and the random state as they were; holds two sets of gradients on the CPU. With
+    FSDP2 all ranks call it with as many completions, and each looks at its shards.
 
     Returns:
         `logp_error_max`, `logp_error_mean` (nats) and `grad_error` (norm of the difference over the norm, of all
-        parameters together; 0 without `gradients`), and what is accepted: `logp_tolerance` (of the maximum, in half
-        precision of the mean) and `grad_tolerance`.
+        parameters together; 0 without `gradients`), each the larger of both layouts, and what is accepted:
+        `logp_tolerance` (of the maximum, in half precision of the mean) and `grad_tolerance`.
 
     Raises:
         SharedPrefixMismatch: if an error exceeds its tolerance or is not finite, or if a gradient is missing.
@@ -75,6 +76,9 @@ def check_shared_prefix(
     prompt_ids, device = group.prompt_ids, group.prompt_ids.device
     model = without_wrapper(model, gradients=gradients)
     completions = [ids[:max_completion_tokens] for ids in group.completions[:max_completions]]
+    share_rows = share_rows and can_pack(model)
+    if share_rows and len(completions) == 1:
+        completions.append(completions[0].flip(0))  # another one: other groups may have more, and share rows
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(len(ids), generator=generator).to(device) for ids in completions]
 
@@ -83,15 +87,10 @@ def check_shared_prefix(
             (logps * weight).sum().backward()
         return logps.detach()
 
-    ways = (1, len(completions)) if len(completions) > 1 and can_pack(model) else (1,)
-
-    def shared():
-        logps = []
+    def shared(num_rows):
         with SharedPrompt(model, prompt_ids) as prompt:
-            for per_row in ways:
-                found, _, mask = prompt.score(completions, branch_forward, per_row)
-                logps.append(backward(found[mask], torch.cat(weights) / len(ways)))
-            return torch.cat(logps), _coarsest_eps(model, prompt.dtype, device)
+            logps, _, mask = prompt.score(completions, branch_forward, num_rows)
+            return backward(logps[mask], torch.cat(weights)), _coarsest_eps(model, prompt.dtype, device)
 
     def plain():
         rows = []
@@ -100,19 +99,27 @@ def check_shared_prefix(
             positions = torch.arange(row.shape[1], device=row.device)[None]
             inputs = {"input_ids": row, "position_ids": positions, "use_cache": False}
             rows.append(backward(branch_forward(model, inputs, ids[None])[0][0], weight))
-        return torch.cat(rows * len(ways))
+        return torch.cat(rows)
 
     reshard(model)
     kept = {name: parameter.grad for name, parameter in model.named_parameters()}
     try:
         with torch.set_grad_enabled(gradients), gradients_stay_local(model):
-            (logps, eps), grads = _with_gradients(model, shared)
+            (logps, eps), grads = _with_gradients(model, functools.partial(shared, len(completions)))
             reference = _with_gradients(model, plain)
             figures, worst = _differences((logps, grads), reference)
             faults = ["no parameter received a gradient"] if gradients and not grads else []
             if one_sided := sorted(grads.keys() ^ reference[1].keys()):
                 faults.append(f"only one of both has a gradient for {one_sided[:4]}")
             del grads  # two sets at a time
+            if share_rows:
+                (logps, _), grads = _with_gradients(model, functools.partial(shared, 1))
+                if one_sided := sorted(grads.keys() ^ reference[1].keys()):
+                    faults.append(f"only one of both has a gradient for {one_sided[:4]}, in one row")
+                in_one_row, worst_in_one_row = _differences((logps, grads), reference)
+                del grads
+                worst = worst if figures["grad_error"] > in_one_row["grad_error"] else worst_in_one_row
+                figures = {name: _larger(error, in_one_row[name]) for name, error in figures.items()}
             if eps in TOLERANCES:
                 logp_tolerance, grad_tolerance = TOLERANCES[eps]
             else:
@@ -219,21 +226,31 @@ def _differences(found, reference) -> tuple[dict[str, float], str | None]:
     return figures, max(errors, key=errors.get, default=None)
 
 
+def _larger(a: float, b: float) -> float:
+    """Like `max`, but nan if one is."""
+    return a if a != a or a > b else b
+
+
 _checked: weakref.WeakKeyDictionary[nn.Module, set] = weakref.WeakKeyDictionary()  # modes that passed, by model
 
 
 def check_on_first_use(
-    model: nn.Module, groups: Sequence["PromptGroup"], branch_forward: BranchForward, gradients: bool
+    model: nn.Module,
+    groups: Sequence["PromptGroup"],
+    branch_forward: BranchForward,
+    gradients: bool,
+    share_rows: bool = True,
 ) -> None:
     """`check_shared_prefix` on one group, once per model and mode.
 
-    The mode: attention, training, checkpointing, gradients, types and the adapter that is trained.
+    The mode: attention, training, checkpointing, gradients, shared rows, types and the adapter that is trained.
     """
     mode = (
         transformers_model(model).config._attn_implementation,
         model.training,
         checkpointing_is_active(model),
         gradients,
+        share_rows,
         tuple((p.requires_grad, p.dtype) for p in model.parameters()),  # says which adapter is active
     )
     passed = _checked.setdefault(model, set())
@@ -243,5 +260,6 @@ def check_on_first_use(
     num = min(2, len(shared[0].completions)) if shared else 0
     num = least_of_ranks(model, num, groups[0].prompt_ids.device)
     if num:
-        check_shared_prefix(model, shared[0], branch_forward=branch_forward, gradients=gradients, max_completions=num)
+        options = {"gradients": gradients, "max_completions": num, "share_rows": share_rows}
+        check_shared_prefix(model, shared[0], branch_forward=branch_forward, **options)
         passed.add(mode)

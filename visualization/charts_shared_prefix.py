@@ -9,8 +9,8 @@ from visualization import style
 from visualization.combine_memory_data import GIB
 from visualization.comparison import ONE_ROW
 
-WAY_COLOURS = {"all rows": "#D55E00", "row by row": "#56B4E9", "shared": "#0072B2"}
-WAY_MARKERS = {"all rows": "o", "row by row": "s", "shared": "D"}
+WAY_COLOURS = {"all rows": "#D55E00", "row by row": "#56B4E9", "shared": "#0072B2", "shared, k branches": "#CC79A7"}
+WAY_MARKERS = {"all rows": "o", "row by row": "s", "shared": "D", "shared, k branches": "v"}
 PHASE_LOOKS = {
     "step": {"label": "whole step", "color": "#0072B2", "linewidth": 2},
     "generate": {"label": "generation", "color": "#AA3377", "linewidth": 1},
