@@ -44,18 +44,18 @@ tiny="published balanced long_response"
 .venv/bin/python experiments/training_peaks.py --out "$runs/training_peaks.csv" --workloads $layers $tiny
 export OMP_NUM_THREADS=1
 step() { pairs $1 shared-prefix --workload "$2" --k "$3" --pairs 1 --steps 1 "${@:4}"; }
+all_branches() {  # two steps, of which the second counts
+  pairs "${@:2}" shared-prefix --workload layers_3072_53 --k "$1" --pairs 1 --steps 2 --rows_per_forward "$1"
+}
 for workload in $layers $tiny; do
   for checkpointing in "" "--gradient_checkpointing True"; do
     for k in 2 4 8; do step "upstream upstream@1 upstream@1-mb1 string-level" $workload $k $checkpointing; done
     for k in 16 32 64; do step "upstream@1-mb1 string-level" $workload $k $checkpointing; done
   done
 done
-for k in 4 8 16; do  # all k branches at once
-  step "upstream@1-mb1 string-level" layers_3072_53 $k --rows_per_forward $k
-done
-for checkpointing in "" "--gradient_checkpointing True"; do
-  step upstream@1 layers_3072_53 8 --rows_per_forward 8 $checkpointing
-done
+for k in 4 8; do all_branches $k upstream@1 upstream@1-mb1 string-level; done
+all_branches 16 upstream@1-mb1 string-level
+step "upstream@1 upstream@1-mb1 string-level" layers_3072_53 8 --gradient_checkpointing True --rows_per_forward 8
 for k in 16 32 64; do step upstream@1 published $k; done
 for workload in layers_3072_53 layers_1024_1024; do step upstream@1 $workload 8 --pairs 3; done
 for k in 2 4; do step upstream@1 layers_256_512 $k --pairs 3; done

@@ -1,7 +1,8 @@
 """Searches over plans: the largest that fits, what a change would save, and the fastest that fits.
 
 Bytes of a phase are affine in rows and in layers, so a few small simulations price many candidates; the peak is the
-largest phase. What is proposed is always simulated once in full, and the next one tried if the line was wrong.
+largest phase. (In branches of a shared prefix nearly: several may share a row.) What is proposed is always simulated
+once in full, and the next one tried if the line was wrong.
 """
 
 import itertools

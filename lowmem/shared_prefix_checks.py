@@ -16,6 +16,7 @@ from collections.abc import Iterable
 import transformers
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -54,10 +55,17 @@ def transformers_model(model: nn.Module) -> PreTrainedModel:
     )
 
 
+def is_stock(module: nn.Module) -> bool:
+    """Whether the class is one of transformers' own models or their parts, also where FSDP2 put one over it."""
+    kind = type(module)
+    if isinstance(module, FSDPModule):
+        kind = kind.__mro__[kind._orig_cls_mro_index]
+    return kind.__module__.startswith("transformers.models.")
+
+
 def attention_is_stock(inner: PreTrainedModel) -> bool:
     """Whether the attention modules are transformers' own, and not of a class of the user's."""
-    attending = (module for module in inner.modules() if hasattr(module, "layer_idx"))
-    return all(type(module).__module__.startswith("transformers.models.") for module in attending)
+    return all(is_stock(module) for module in inner.modules() if hasattr(module, "layer_idx"))
 
 
 def why_not_exact(model: nn.Module) -> list[str]:

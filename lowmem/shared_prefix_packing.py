@@ -25,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lowmem.shared_prefix_checks import attention_is_stock, transformers_model
+from lowmem.shared_prefix_checks import attention_is_stock, is_stock, transformers_model
 
 # Model types that hand a mask of four dimensions to their attention and know places from `position_ids` alone; each is
 # compared with plain rows in tests/test_shared_prefix_packing.py. Others run one completion in a row.
@@ -49,6 +49,7 @@ PACKED_MODEL_TYPES = frozenset(
 # Query-key pairs whose attention takes as long as one more copy of a prompt token's keys and values: measured on a CPU
 # (docs/log.md), not on a GPU.
 PAIRS_PER_COPY = 64
+LEAST_GAIN = 0.95  # rows are shared from this part of the cost on; above it they were slower
 _STOCK = {"sdpa": (sdpa_attention_forward, sdpa_mask), "eager": (None, eager_mask)}
 
 
@@ -61,7 +62,7 @@ def can_pack(model: nn.Module) -> bool:
     return (
         text.model_type in PACKED_MODEL_TYPES
         and (ALL_ATTENTION_FUNCTIONS.get(usual), ALL_MASK_ATTENTION_FUNCTIONS.get(usual)) == _STOCK.get(usual)
-        and type(inner).__module__.startswith("transformers.models.")
+        and is_stock(inner)
         and attention_is_stock(inner)
         and is_full
         and getattr(text, "sliding_window", None) is None
@@ -76,15 +77,21 @@ def deal(num_completions: int, num_rows: int) -> list[range]:
 def cheapest_rows(num_prefix: int, lengths: Sequence[int]) -> int:
     """The number of rows n for completions of `lengths` tokens behind `num_prefix` prompt tokens.
 
-    A row of T tokens costs T (P + T) query-key pairs and a copy of the prompt. The least of all n is taken whose rows
-    are not more tokens, padding included, than one row for each completion.
+    A row of T tokens costs T (P + T) query-key pairs and a copy of the prompt. The least is taken of those whose rows
+    are not more tokens, padding included, than one row for each completion, if that is worth it.
     """
-    num_tokens = len(lengths) * max(lengths)
-    best, least = len(lengths), math.inf
-    for num_rows in range(len(lengths), 0, -1):
-        width = max(sum(lengths[i] for i in row) for row in deal(len(lengths), num_rows))
-        cost = num_rows * (width * (num_prefix + width) + PAIRS_PER_COPY * num_prefix)
-        if cost < least and num_rows * width <= num_tokens:
+    num = len(lengths)
+    if num_prefix == 0:
+        return num  # nothing to copy
+
+    def width_and_cost(num_rows):
+        width = max(sum(lengths[i] for i in row) for row in deal(num, num_rows))
+        return width, num_rows * (width * (num_prefix + width) + PAIRS_PER_COPY * num_prefix)
+
+    best, least = num, LEAST_GAIN * width_and_cost(num)[1]
+    for num_rows in {math.ceil(num / num_in_row) for num_in_row in range(2, num + 1)}:
+        width, cost = width_and_cost(num_rows)
+        if cost < least and num_rows * width <= num * max(lengths):
             best, least = num_rows, cost
     return best
 
@@ -144,9 +151,8 @@ def pack_rows(
     if num_rows < len(completions):
         owners = torch.stack(owners).to(device)
         own = (owners[:, :, None] == owners[:, None]).tril()  # (n, T, T)
-        unseen = ~torch.cat([own.new_ones(*owners.shape, num_prefix), own], -1)[:, None]
-        attention_mask = torch.zeros(unseen.shape, dtype=dtype, device=device)
-        attention_mask.masked_fill_(unseen, torch.finfo(dtype).min)
+        attention_mask = torch.zeros(num_rows, 1, width, num_prefix + width, dtype=dtype, device=device)
+        attention_mask[..., num_prefix:].masked_fill_(~own[:, None], torch.finfo(dtype).min)
     return PackedRows(
         labels=torch.stack(labels),
         input_ids=torch.stack(input_ids),

@@ -119,7 +119,7 @@ class _BranchLayer(_PromptLayer):
         rows = key_states.shape[0]
         keys = torch.cat([self.keys.expand(rows, -1, -1, -1), key_states], dim=-2)
         values = torch.cat([self.values.expand(rows, -1, -1, -1), value_states], dim=-2)
-        return keys, values  # (m, Hk, P - 1 + R, D)
+        return keys, values  # (n, Hk, P - 1 + T, D)
 
     def get_mask_sizes(self, query_length):
         return self.get_seq_length() + query_length, 0
@@ -248,7 +248,11 @@ class SharedPrompt:
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Log-probabilities, entropies (or None) and mask of m completions (R_i,) in one forward, each (m, R).
 
-        They share `num_rows` rows of that forward; None for as many as `cheapest_rows` says.
+        They share `num_rows` rows of that forward; None for as many as `cheapest_rows` says, or one row for each where
+        the model cannot.
+
+        Raises:
+            ValueError: if the model cannot share rows and should, or `branch_forward` returns another shape.
         """
         if not self._is_open[0]:
             raise RuntimeError(

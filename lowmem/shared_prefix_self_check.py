@@ -43,6 +43,9 @@ ROUNDED_TOKENS = 32
 ROUTED_TOLERANCE = (0.05, 0.3)
 
 
+IN_ONE_ROW = " with the completions in one row"  # in messages
+
+
 class SharedPrefixMismatch(RuntimeError):
     """The shared and the plain computation of one group differ by more than rounding."""
 
@@ -60,9 +63,9 @@ def check_shared_prefix(
     """Runs part of a group shared and plain, and raises rather than lets training go on with wrong numbers.
 
     The plain way runs `[prompt, completion]` one at a time, with the same `branch_forward`; the shared way has a row
-    for each completion, and once more one for all where the model can. The loss is the log-probabilities times fixed
-    random weights. Leaves `.grad` and the random state as they were; holds two sets of gradients on the CPU. With
-    FSDP2 all ranks call it with as many completions, and each looks at its shards.
+    for each completion, and once more one for all where the model can (a group of one then gets a second). The loss is
+    the log-probabilities times fixed random weights. Leaves `.grad` and the random state as they were; holds two sets
+    of gradients on the CPU. With FSDP2 all ranks call it with as many completions, and each looks at its shards.
 
     Returns:
         `logp_error_max`, `logp_error_mean` (nats) and `grad_error` (norm of the difference over the norm, of all
@@ -107,19 +110,17 @@ def check_shared_prefix(
         with torch.set_grad_enabled(gradients), gradients_stay_local(model):
             (logps, eps), grads = _with_gradients(model, functools.partial(shared, len(completions)))
             reference = _with_gradients(model, plain)
-            figures, worst = _differences((logps, grads), reference)
+            found = {"": _differences((logps, grads), reference)}
             faults = ["no parameter received a gradient"] if gradients and not grads else []
             if one_sided := sorted(grads.keys() ^ reference[1].keys()):
                 faults.append(f"only one of both has a gradient for {one_sided[:4]}")
             del grads  # two sets at a time
             if share_rows:
                 (logps, _), grads = _with_gradients(model, functools.partial(shared, 1))
+                found[IN_ONE_ROW] = _differences((logps, grads), reference)
                 if one_sided := sorted(grads.keys() ^ reference[1].keys()):
-                    faults.append(f"only one of both has a gradient for {one_sided[:4]}, in one row")
-                in_one_row, worst_in_one_row = _differences((logps, grads), reference)
+                    faults.append(f"only one of both has a gradient for {one_sided[:4]}{IN_ONE_ROW}")
                 del grads
-                worst = worst if figures["grad_error"] > in_one_row["grad_error"] else worst_in_one_row
-                figures = {name: _larger(error, in_one_row[name]) for name, error in figures.items()}
             if eps in TOLERANCES:
                 logp_tolerance, grad_tolerance = TOLERANCES[eps]
             else:
@@ -129,16 +130,21 @@ def check_shared_prefix(
         reshard(model)
         for name, parameter in model.named_parameters():
             parameter.grad = kept[name]
-    figures |= {"logp_tolerance": logp_tolerance, "grad_tolerance": grad_tolerance}
     decisive = "logp_error_max" if eps in TOLERANCES else "logp_error_mean"
-    if not figures[decisive] <= logp_tolerance:
-        faults.append(f"{decisive} exceeds {logp_tolerance:.2g}")
-    if not figures["grad_error"] <= grad_tolerance:
-        faults.append(f"grad_error exceeds {grad_tolerance:.2g}, most of it in {worst}")
+    for layout, (errors, worst) in found.items():
+        if not errors[decisive] <= logp_tolerance:
+            faults.append(f"{decisive} exceeds {logp_tolerance:.2g}{layout}")
+        if not errors["grad_error"] <= grad_tolerance:
+            faults.append(f"grad_error exceeds {grad_tolerance:.2g}{layout}, most of it in {worst}")
+    (figures, _), *others = found.values()
+    for errors, _ in others:
+        figures = {name: _larger(error, errors[name]) for name, error in figures.items()}
+    figures |= {"logp_tolerance": logp_tolerance, "grad_tolerance": grad_tolerance}
     if faults:
         raise SharedPrefixMismatch(
             f"Shared prefix and plain computation differ: {'; '.join(faults)} ({figures}). Nothing was trained. Leave "
-            "the shared prefix off for this model, and report the model's configuration."
+            "the shared prefix off for this model (`share_rows=False` where only completions in one row differ), and "
+            "report the model's configuration."
         )
     return figures
 

@@ -64,6 +64,7 @@ def test_readme_table_of_the_shared_prefix_is_that_of_the_measurements():
         }
         shown = [float(number) for number in row["training peak, GiB"].split(" → ")]
         assert shown == pytest.approx([peaks["all rows"], peaks["shared"]], rel=5e-3), row
+        setting["branches"] = "1"
         measured = {time["peer"]: time for time in times if setting.items() <= time.items()}
         peers = {"step: times as fast as all rows": "upstream@1", "as row by row": "upstream@1-mb1"}
         for column, peer in peers.items():
@@ -78,8 +79,8 @@ def test_readme_table_of_the_shared_prefix_is_that_of_the_measurements():
 
 
 def test_the_bars_of_the_shared_prefix_hold_in_the_measurements():
-    """The model whose layers matter; against TRL with its LM head on completions only, all rows at once. One pair that
-    was measured again is below its bar (docs/log.md, results/runs/cpu-2core-again)."""
+    """The model whose layers matter; against TRL with its LM head on completions only, all rows at once. At 3,072 + 53
+    with all branches at once too: with one at a time the step is 4.7 times as fast on a Xeon, 5.4 on an EPYC."""
     with open(ROOT / "results/runs/cpu-2core/training_peaks.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["way"] == "shared" and "layers_" in row["workload"]]
     by_setting = {(row["workload"], row["gradient_checkpointing"]): {} for row in rows}
@@ -89,13 +90,15 @@ def test_the_bars_of_the_shared_prefix_hold_in_the_measurements():
     assert all(peaks["64"] <= 1.05 * peaks["2"] for peaks in by_setting.values())
     with open(ROOT / "results/shared_prefix_times.csv") as file:
         times = [row for row in csv.DictReader(file) if row["peer"] == "upstream@1" and row["k"] == "8"]
-    for workload, phase, bar in (
-        ("layers_3072_53", "step", 5),
-        ("layers_3072_53", "generate", 3.5),
-        ("layers_1024_1024", "step", 1.5),
+    for workload, phase, bar, branches in (
+        ("layers_3072_53", "step", 5, "8"),
+        ("layers_3072_53", "generate", 3.5, "8"),
+        ("layers_3072_53", "generate", 3.5, "1"),
+        ("layers_1024_1024", "step", 1.5, "1"),
     ):
-        measured = [float(row[phase]) for row in times if row["workload"] == workload]
-        assert measured and min(measured) >= bar, (workload, phase, measured)
+        rows = [row for row in times if row["workload"] == workload and row["branches"] == branches]
+        measured = [float(row[phase]) for row in rows]
+        assert measured and min(measured) >= bar, (workload, phase, branches, measured)
 
 
 def test_committed_records_are_whole_and_name_no_folder_of_a_machine():

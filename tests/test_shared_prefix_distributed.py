@@ -30,6 +30,7 @@ from torchrun import launch
 from lowmem import shared_prefix_prompt
 from lowmem.shared_prefix import BranchScores, PromptGroup, shared_prefix_backward, shared_prefix_scores
 from lowmem.shared_prefix_distributed import gradients_stay_local, reduce_once
+from lowmem.shared_prefix_packing import can_pack
 from lowmem.shared_prefix_prompt import SharedPrompt
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -195,6 +196,9 @@ def steps_of_rank(case: dict) -> dict[str, torch.Tensor]:
     is_engine = case["engine"] == "zero2"
     model = make_engine(case, build(case)) if is_engine else wrap(case, build(case))
     assert all(isinstance(parameter, DTensor) == (case["engine"] == "fsdp2") for parameter in model.parameters())
+    assert can_pack(model.module if is_engine else model) == can_pack(
+        build(case)
+    )  # FSDP2 puts classes over the model's
     optimizer = None if is_engine else torch.optim.AdamW(trainable(model), **ADAM)
     result = {}
     with torch.no_grad():

@@ -16,7 +16,7 @@ from lowmem.logprobs import add_logprob_head
 from lowmem.shared_prefix import PromptGroup, shared_prefix_scores
 from lowmem.shared_prefix_packing import PACKED_MODEL_TYPES, can_pack, cheapest_rows, deal, pack_rows
 from lowmem.shared_prefix_prompt import SharedPrompt, score_chunks, score_logits
-from lowmem.shared_prefix_self_check import SharedPrefixMismatch, check_shared_prefix
+from lowmem.shared_prefix_self_check import IN_ONE_ROW, SharedPrefixMismatch, check_shared_prefix
 
 CHANGES = {name: changes for name, changes in MODELS.values()} | {
     "mistral": {"sliding_window": None},
@@ -121,6 +121,9 @@ def test_a_fault_in_the_rows_is_seen(fault, dtype, monkeypatch):
     for completions in (group.completions, group.completions[:1]):  # a group of one is checked for groups of several
         with pytest.raises(SharedPrefixMismatch, match="exceeds"):
             check_shared_prefix(model, PromptGroup(group.prompt_ids, completions))
+    with pytest.raises(SharedPrefixMismatch, match=f"exceeds [^;]*{IN_ONE_ROW}") as error:
+        check_shared_prefix(model, group)
+    assert str(error.value).count("exceeds") == str(error.value).count(IN_ONE_ROW)
     check_shared_prefix(model, group, share_rows=False)
     if dtype == torch.float64:
         monkeypatch.setattr(shared_prefix_prompt, "cheapest_rows", lambda *args: 1)
@@ -188,7 +191,7 @@ def test_what_is_the_users_own_is_not_packed(own, monkeypatch):
 
 @pytest.mark.parametrize(
     ("num_prefix", "length", "num_completions", "num_rows"),
-    [(3072, 53, 8, 1), (3072, 53, 16, 2), (1024, 53, 8, 2), (1024, 128, 4, 2), (256, 512, 8, 8), (1024, 1024, 8, 8)],
+    [(3072, 53, 8, 1), (3072, 53, 16, 2), (1024, 53, 8, 2), (1024, 128, 4, 2), (3072, 256, 4, 4), (1024, 1024, 8, 8)],
 )
 def test_completions_share_a_row_while_copies_cost_more_than_their_pairs(
     num_prefix, length, num_completions, num_rows

@@ -22,8 +22,8 @@ ALL_ROWS = ("upstream", "upstream@1")
 BUDGET_GIB = 16
 NOTES = """
 - Peaks: live tensor bytes of one training forward and backward of one prompt with k completions, weights and
-  gradients included (experiments/training_peaks.py, fake tensors; the same chunked LM head in all three ways, on the
-  rows of the completions). Growth: peak(k = 64) / peak(k = 2).
+  gradients included (experiments/training_peaks.py, fake tensors; the same chunked LM head in all ways, on the rows
+  of the completions). Growth: peak(k = 64) / peak(k = 2).
 - Times: whole optimizer steps of the two trainers in turn, each in a fresh process, without the meter
   (experiments/compare_time.py); how many times less time the shared prefix takes, over all pairs. Threads: of each
   process. Token ratio:
@@ -33,7 +33,7 @@ NOTES = """
   LM head of its own and meets the whole prompt in attention, where a CPU's kernel skips what is causal and not what a
   mask hides. (Above the token ratio: in the last layer the prompt's backward is that of its keys and values only.)
 - Ours holds one branch at once (`per_device_train_batch_size=1`), which has the smallest peak; `k branches`: all of
-  them, as TRL with all rows does. Branches: how many.
+  them, as TRL with all rows does, and string-level beside it k rows. Branches: how many. Work ratio: with one.
 - over 16 GiB: the training peak of all rows at once, counted as above. `upstream` is TRL v1.16.0 as released, whose LM
   head scores prompts too on a CPU.
 - `upstream@1` is TRL v1.16.0 with its LM head on the completions' rows, `-mb1` one row per micro-batch: the same
