@@ -30,21 +30,8 @@ from lowmem.shared_prefix_checks import attention_is_stock, is_stock, transforme
 # Model types that hand a mask of four dimensions to their attention and know places from `position_ids` alone; each is
 # compared with plain rows in tests/test_shared_prefix_packing.py. Others run one completion in a row.
 PACKED_MODEL_TYPES = frozenset(
-    [
-        "gemma",
-        "glm4",
-        "granite",
-        "llama",
-        "mistral",
-        "mixtral",
-        "olmo2",
-        "olmoe",
-        "phi3",
-        "qwen2",
-        "qwen3",
-        "qwen3_moe",
-    ]
-    + ["smollm3"]
+    ["gemma", "glm4", "granite", "llama", "mistral", "mixtral", "olmo2", "olmoe", "phi3", "qwen2", "qwen3"]
+    + ["qwen3_moe", "smollm3"]
 )
 # Query-key pairs whose attention takes as long as one more copy of a prompt token's keys and values: measured on a CPU
 # (docs/log.md), not on a GPU.
