@@ -150,8 +150,9 @@ def shared_prefix_backward(
     with reduce_once(model) as module:
         if self_check:
             check_on_first_use(module, groups, branch_forward, gradients=True, share_rows=share_rows)
-        limits, options = (max_branch_tokens, max_branches), {"prompt_backward": prompt_backward}
-        losses, scores = _run(module, groups, train, idle, limits, branch_forward, share_rows, **options)
+        limits = max_branch_tokens, max_branches
+        options = {"prompt_backward": prompt_backward, "share_rows": share_rows}
+        losses, scores = _run(module, groups, train, idle, limits, branch_forward, **options)
     return torch.stack(losses).sum(), scores
 
 
@@ -179,10 +180,10 @@ def shared_prefix_scores(
         pass
 
     limits = max_branch_tokens, max_branches
-    return _run(module, groups, nothing, nothing, limits, branch_forward, share_rows)[1]
+    return _run(module, groups, nothing, nothing, limits, branch_forward, share_rows=share_rows)[1]
 
 
-def _run(model, groups, consume, idle, limits, branch_forward, share_rows, **prompt_options):
+def _run(model, groups, consume, idle, limits, branch_forward, **prompt_options):
     """Scores every group in micro-batches, hands each to `consume`; returns what that returned, and all scores.
 
     Where ranks must run the same forwards, one with no micro-batch left hands log-probabilities of a completion to
@@ -202,9 +203,7 @@ def _run(model, groups, consume, idle, limits, branch_forward, share_rows, **pro
         group, batches = (groups[place], plan[place]) if place < len(groups) else (groups[-1], [])
         with SharedPrompt(model, group.prompt_ids, **prompt_options) as prompt:
             for batch in batches:
-                completions = [group.completions[i] for i in batch]
-                num_rows = None if share_rows else len(batch)
-                logps, entropies, branch_mask = prompt.score(completions, branch_forward, num_rows)
+                logps, entropies, branch_mask = prompt.score([group.completions[i] for i in batch], branch_forward)
                 scores = BranchScores(torch.tensor(batch, device=device) + first_row, logps, entropies, branch_mask)
                 results.append(consume(scores))
                 for name in ("logps", "entropies"):

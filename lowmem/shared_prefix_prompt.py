@@ -169,6 +169,7 @@ class SharedPrompt:
         prompt_ids: (P,), int64.
         prompt_backward: `(tensors, gradients)`, the last stage. The gradients contain every scaling that the losses
             had: do not scale again.
+        share_rows: let completions share a row where that is cheaper (`lowmem.shared_prefix_packing`).
 
     Raises:
         NotImplementedError: at `with`, if the result would not be exact; says why and what to do.
@@ -177,8 +178,16 @@ class SharedPrompt:
             if several processes run and nothing would reduce the gradients.
     """
 
-    def __init__(self, model: nn.Module, prompt_ids: torch.Tensor, *, prompt_backward=torch.autograd.backward):
+    def __init__(
+        self,
+        model: nn.Module,
+        prompt_ids: torch.Tensor,
+        *,
+        prompt_backward=torch.autograd.backward,
+        share_rows: bool = True,
+    ):
         self.model, self.prompt_ids, self.prompt_backward = model, prompt_ids, prompt_backward
+        self.share_rows = share_rows
         self._is_open = [False]  # a list: hooks of the leaves see it without holding the leaves
         self._roots: list[torch.Tensor] = []  # 2 L tensors (1, Hk, P - 1, D) with the prompt's graph; none if P = 1
         self._leaves: list[torch.Tensor] = []
@@ -186,7 +195,8 @@ class SharedPrompt:
 
     def __enter__(self) -> "SharedPrompt":
         refuse_inexact(self.model)
-        self._with_grad, self._can_pack = torch.is_grad_enabled(), can_pack(self.model)
+        self._with_grad = torch.is_grad_enabled()
+        self._can_pack = self.share_rows and can_pack(self.model)
         if self._with_grad:
             refuse_unreduced(self.model)
         reshard(self.model)
