@@ -131,6 +131,24 @@ def test_a_fault_in_the_rows_is_seen(fault, dtype, monkeypatch):
             assert_equals_plain(model, [group])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gradient_that_is_wrong_in_shared_rows_only_is_seen(dtype, monkeypatch):
+    """The log-probabilities are right here."""
+
+    def faulty(completions, num_rows, *args):
+        rows = pack_rows(completions, num_rows, *args)
+        if num_rows < len(completions):
+            right = rows.unpack
+            rows.unpack = lambda *args: 2 * right(*args) - right(*args).detach()
+        return rows
+
+    monkeypatch.setattr(shared_prefix_prompt, "pack_rows", faulty)
+    model, group = make_model("qwen3", dtype), group_of_four()
+    with pytest.raises(SharedPrefixMismatch, match=f"differ: grad_error exceeds [^;]*{IN_ONE_ROW}"):
+        check_shared_prefix(model, group)
+    check_shared_prefix(model, group, share_rows=False)
+
+
 def test_a_branch_forward_with_values_of_another_shape_is_refused():
     def one_too_many(model, inputs, labels):
         logps, _ = score_logits(model, inputs, labels)
