@@ -10,7 +10,8 @@ pages, as PyTorch's own does on a GPU (`ALLOCATOR`), and without the shared pref
 once. Its figure is the median of its steps after the first, or its only step with `--steps 1` (for steps of minutes,
 beside which a warm-up is nothing). Quote the ratio, not the seconds. The pairs go to `<runs>/time_pairs.json`, one
 entry per comparison and machine, as soon as they are measured; pairs that were made with the same settings, threads,
-trees and library are not measured again. `completion_tokens` of an entry are those of both variants: v0.20.0 samples
+trees and library are not measured again. A peer that is out of memory is an outcome, recorded as `out_of_memory`
+with its budget, and the others go on. `completion_tokens` of an entry are those of both variants: v0.20.0 samples
 every completion to its full length, v1.16.0 ends it at an end-of-sequence token.
 """
 
@@ -32,6 +33,7 @@ from run_matrix import default_workload, workload_path  # noqa: E402
 from train import environment, machine, write_record  # noqa: E402
 
 import variants  # noqa: E402
+from run_outcome import EXIT_CODES  # noqa: E402
 
 # glibc's own settings map every large tensor anew, and the page faults are much of the time of a small model
 # (docs/measuring.md). Elsewhere than on glibc this does nothing.
@@ -39,7 +41,7 @@ ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc
 
 
 def measure(variant: str, k: int, config: Path, options: list[str]) -> dict:
-    """The record of one fresh run. Raises RuntimeError if it did not end ok."""
+    """The record of one fresh run. Raises RuntimeError if it ended neither ok nor out of memory."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.json"
         command = [sys.executable, str(HERE / "train.py"), "--config", str(config), "--variant", variant]
@@ -51,7 +53,7 @@ def measure(variant: str, k: int, config: Path, options: list[str]) -> dict:
             text=True,
             env=os.environ | {"GLIBC_TUNABLES": ALLOCATOR},
         )
-        if result.returncode:
+        if result.returncode not in (0, EXIT_CODES["oom"]):
             raise RuntimeError(f"{variant} at k = {k} did not run:\n{result.stderr[-2000:]}")
         return json.loads(path.read_text())
 
@@ -75,6 +77,14 @@ def step_time_s(record: dict) -> float:
 def add_pair(entry: dict, peer: dict, compared: dict) -> None:
     """Adds the records of two runs of one turn to their comparison."""
     records = (peer, compared)
+    entry |= {
+        "lowmem_sha256": peer["env"]["lowmem_sha256"] | compared["env"]["lowmem_sha256"],
+        "env": compared["env"],
+        "measured_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    if is_out_of_memory(peer):
+        entry["out_of_memory"] = {"budget_gib": peer["config"]["budget_gib"], "error": peer["error"]}
+        return
     entry["pairs_s"].append([step_time_s(record) for record in records])
     entry["phase_pairs_s"].append([phase_medians_s(record["summary"]) for record in records])
     ratios = sorted(compared_s / peer_s for peer_s, compared_s in entry["pairs_s"])
@@ -84,10 +94,15 @@ def add_pair(entry: dict, peer: dict, compared: dict) -> None:
         "ratio_max": ratios[-1],
         "tokens_per_row": [max(compared["tokens"][f"{part}_tokens_per_row"]) for part in ("prompt", "completion")],
         "completion_tokens": [sum(record["tokens"]["completion_tokens_per_row"]) for record in records],
-        "lowmem_sha256": peer["env"]["lowmem_sha256"] | compared["env"]["lowmem_sha256"],
-        "env": compared["env"],
-        "measured_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def is_out_of_memory(record: dict) -> bool:
+    return record["status"] == "oom"
+
+
+def wants_pairs(entry: dict, pairs: int) -> bool:
+    return len(entry["pairs_s"]) < pairs and "out_of_memory" not in entry
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -121,18 +136,27 @@ def main(argv: list[str] | None = None) -> int:
             if stale or variants.lowmem_changed(entry["lowmem_sha256"]):
                 entry = {**made_with, "pairs_s": [], "phase_pairs_s": []}
             keys[peer], current[peer] = key, entry
-        while wanting := [peer for peer in peers if len(current[peer]["pairs_s"]) < args.pairs]:
+        while wanting := [peer for peer in peers if wants_pairs(current[peer], args.pairs)]:
+            number = 1 + min(len(current[peer]["pairs_s"]) for peer in wanting)
             records = {variant: measure(variant, args.k, config, options) for variant in [*wanting, compared]}
+            if is_out_of_memory(records[compared]):
+                raise RuntimeError(f"{compared} at k = {args.k} did not run:\n{records[compared]['error']}")
             for peer in wanting:
                 add_pair(current[peer], records[peer], records[compared])
             entries = json.loads(path.read_text()) if path.exists() else {}
             write_record(path, entries | {keys[peer]: current[peer] for peer in wanting})
-            seconds = ", ".join(f"{name} {step_time_s(record):.2f} s" for name, record in records.items())
-            print(f"pair {len(current[wanting[0]]['pairs_s'])}/{args.pairs}: {seconds}", flush=True)
+            seconds = ", ".join(
+                f"{name} " + ("out of memory" if is_out_of_memory(record) else f"{step_time_s(record):.2f} s")
+                for name, record in records.items()
+            )
+            print(f"pair {number}/{args.pairs}: {seconds}", flush=True)
     except (ValueError, RuntimeError, variants.load_fork().ForkError) as error:
         print(f"compare_time.py: {error}", file=sys.stderr)
         return 1
     for peer, key in keys.items():
+        if failed := current[peer].get("out_of_memory"):
+            print(f"{peer}, {key}: out of memory ({failed['error']}); in {path}")
+            continue
         low, middle, high = (current[peer][f"ratio_{name}"] for name in ("min", "median", "max"))
         print(f"{compared} / {peer}, {key}: {low:.2f} to {high:.2f}, median {middle:.2f}; in {path}")
     return 0

@@ -203,5 +203,6 @@ def write_shared_prefix_measurements(runs_dir: Path) -> None:
     one_pair = {"pairs_s": [[100.0, 50.0]], "phase_pairs_s": [[theirs, ours]]} | dict.fromkeys(RATIOS, 0.5)
     all_at_once = f"{name}/steps/2/rows_per_forward/8/one CPU"
     entries = {name: entry, f"{name}/steps/1": entry | one_pair, all_at_once: entry | one_pair}
-    entries |= {"cpu/string-level_vs_baseline_k4": older}
+    failed = {"pairs_s": [], "phase_pairs_s": [], "machine": "one CPU", "out_of_memory": {"budget_gib": 16}}
+    entries |= {"cpu/string-level_vs_baseline_k4": older, f"{name.removesuffix('8')}64/steps/1/one CPU": failed}
     (runs_dir / "time_pairs.json").write_text(json.dumps(entries))

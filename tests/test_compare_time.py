@@ -22,7 +22,7 @@ def compared(tmp_path, monkeypatch):
         seconds = 2.0 if variant == OURS else 6.0
         summary = {"step_time_s": [9.0, seconds], "step_phase_time_s": [{"generate": 9.0}, {"generate": seconds}]}
         tokens = {"prompt_tokens_per_row": [512, 512], "completion_tokens_per_row": [53, 40]}
-        return {"summary": summary, "tokens": tokens, "env": env}
+        return {"status": "ok", "summary": summary, "tokens": tokens, "env": env}
 
     def compare(pairs, machine="one CPU", *options):
         env["cpu"] = machine
@@ -105,3 +105,25 @@ def test_a_run_that_fails_is_named_and_leaves_what_was_measured(compared, monkey
     assert compare_time.main(words) == 1
     assert "upstream@1 at k = 2 did not run" in capsys.readouterr().err
     assert json.loads((tmp_path / "time_pairs.json").read_text()) == before
+
+
+def test_a_peer_that_is_out_of_memory_is_an_outcome_and_the_others_go_on(compared, monkeypatch, capsys, tmp_path):
+    measure = compare_time.measure
+
+    def tight(variant, *args):
+        record = measure(variant, *args)
+        failed = {"status": "oom", "error": "can't allocate memory", "config": {"budget_gib": 16}, "tokens": None}
+        return record | failed if variant == "upstream" else record
+
+    monkeypatch.setattr(compare_time, "measure", tight)
+    words = ["--workload", "cpu", "--k", "2", "--pairs", "2", "--runs", str(tmp_path)]
+    assert compare_time.main(["--variants", "upstream", PEER, OURS, *words]) == 0
+    assert "pair 1/2: upstream out of memory, upstream@1 6.00 s, shared-prefix 2.00 s" in capsys.readouterr().out
+    entries = json.loads((tmp_path / "time_pairs.json").read_text())
+    failed, whole = (entries[f"cpu/{OURS}_vs_{peer}_k2/cpu"] for peer in ("upstream", PEER))
+    assert failed["out_of_memory"] == {"budget_gib": 16, "error": "can't allocate memory"} and not failed["pairs_s"]
+    assert len(whole["pairs_s"]) == 2 and "out_of_memory" not in whole
+    assert compared.runs == ["upstream", PEER, OURS, PEER, OURS], "it is not tried again"
+    monkeypatch.setattr(compare_time, "measure", lambda *args: tight("upstream", *args[1:]))
+    assert compare_time.main(["--variants", PEER, OURS, *words, "--k", "4"]) == 1
+    assert "shared-prefix at k = 4 did not run:\ncan't allocate memory" in capsys.readouterr().err

@@ -26,6 +26,7 @@ from visualization.charts_causes import ablation, ablation_records, published_or
 from visualization.charts_over_time import individual_peak_preserving, learning_curves, load_timeline
 from visualization.combine_memory_data import RecordError, load_records, runs_table
 from visualization.shared_prefix_table import (
+    read_out_of_memory,
     read_time_ratios,
     read_training_peaks,
     steps_markdown,
@@ -315,7 +316,7 @@ def test_shared_prefix_table_has_the_ratios_of_the_pairs(full_set, tmp_path):
     assert row["step"] == pytest.approx(1 / 0.15) and row["generate"] == pytest.approx(5) and row["train"] == 10
     assert row["token_ratio"] == pytest.approx(8 * 3125 / (3072 + 8 * 53))
     assert row["work_ratio"] == pytest.approx(8800 / 1800)
-    write_shared_prefix_table(peaks, times, tmp_path)
+    write_shared_prefix_table(peaks, times, read_out_of_memory(full_set), tmp_path)
     text = (tmp_path / "shared_prefix.md").read_text()
     assert "| layers_3072_53 | 3,072 + 53 | off | all rows | 2.00 | 8.00 | 4.000 |" in text
     assert "| layers_3072_53 | 3,072 + 53 | off | shared | 1.50 | 1.50 | 1.000 |" in text
@@ -336,13 +337,18 @@ def test_table_of_steps_names_the_machine_and_what_memory_forbids(full_set):
     four_at_once = measured.assign(branches=4, step=9.0)
     times = pd.concat([measured, beside, row_by_row, four_at_once])
     largest = peaks[peaks["k"] == 8]
-    table = steps_markdown(times, pd.concat([peaks, largest.assign(k=64, peak_live_bytes=64 * GIB)]))
+    too_large = pd.concat([peaks, largest.assign(k=64, peak_live_bytes=64 * GIB)])
+    failed = read_out_of_memory(full_set)
+    table = steps_markdown(times, too_large, failed[:0])
     assert table.startswith("a: another CPU; b: one CPU; –: not measured.\n")
     setting = "| layers_3072_53 | 3,072 + 53 | off |"
     assert f"{setting} upstream@1 | 5.00 a, 6.67 b | over 16 GiB |" in table
     assert f"{setting} upstream@1-mb1 | – | 20.00 b |" in table  # one row at a time is not all rows
     assert f"{setting} upstream@1, 4 branches | 9.00 b | – |" in table  # not under that of one branch
-    assert f"{setting} upstream@1 | 5.00 a, 6.67 b | – |" in steps_markdown(times, peaks)
+    assert f"{setting} upstream@1 | 5.00 a, 6.67 b | – |" in steps_markdown(times, peaks, failed[:0])
+    table = steps_markdown(times, too_large, failed)  # at k = 64, of all rows and one branch at a time
+    assert f"{setting} upstream@1 | 5.00 a, 6.67 b | out of memory |" in table
+    assert f"{setting} upstream@1, 4 branches | 9.00 b | – |" in table
 
 
 def test_an_expected_run_that_is_missing_is_an_error_with_its_name_and_command(tmp_path, capsys):

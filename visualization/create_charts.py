@@ -48,7 +48,12 @@ from visualization.comparison import (
     workloads,
 )
 from visualization.results_table import write_table
-from visualization.shared_prefix_table import read_time_ratios, read_training_peaks, write_shared_prefix_table
+from visualization.shared_prefix_table import (
+    read_out_of_memory,
+    read_time_ratios,
+    read_training_peaks,
+    write_shared_prefix_table,
+)
 
 
 def read_expected(path: Path) -> list[str]:
@@ -112,7 +117,7 @@ def create_shared_prefix_charts(runs_dir: Path, out: Path) -> list[str]:
     if peaks.empty or times.empty:
         needed = "training_peaks.csv and time_pairs.json (experiments/training_peaks.py, experiments/compare_time.py)"
         return [f"not drawn: shared_prefix: needs {needed} in {runs_dir}"]
-    write_shared_prefix_table(peaks, times, out)
+    write_shared_prefix_table(peaks, times, read_out_of_memory(runs_dir), out)
     style.save(shared_prefix(peaks, times), out / "shared_prefix.png")
     return []
 

@@ -7,6 +7,7 @@ shared-prefix in `time_pairs.json` (experiments/compare_time.py).
 import json
 import math
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -34,8 +35,8 @@ NOTES = """
   mask hides. (Above the token ratio: in the last layer the prompt's backward is that of its keys and values only.)
 - Ours holds one branch at once (`per_device_train_batch_size=1`), which has the smallest peak; `k branches`: all of
   them, as TRL with all rows does, and string-level beside it k rows. Branches: how many. Work ratio: with one.
-- over 16 GiB: the training peak of all rows at once, counted as above. `upstream` is TRL v1.16.0 as released, whose LM
-  head scores prompts too on a CPU.
+- over 16 GiB: the training peak of all rows at once, counted as above; out of memory: the step was tried within 16
+  GiB. `upstream` is TRL v1.16.0 as released, whose LM head scores prompts too on a CPU.
 - `upstream@1` is TRL v1.16.0 with its LM head on the completions' rows, `-mb1` one row per micro-batch: the same
   tokens as ours. `string-level` (v0.20.0) samples every completion to its full length, where v1.16.0 ends it at an
   end-of-sequence token; where that made a difference, its completions' tokens over ours stand behind the name. They
@@ -60,6 +61,34 @@ def work_ratios(peaks: pd.DataFrame) -> dict[tuple[str, int, bool], float]:
     return (by_way["row by row"] / by_way["shared"]).to_dict()
 
 
+def read_comparisons(runs_dir: Path) -> Iterator[tuple[dict, dict]]:
+    """What every comparison with the shared prefix is of, and its entry in time_pairs.json."""
+    path = runs_dir / "time_pairs.json"
+    entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for key, entry in entries.items():
+        workload, comparison, *options = key.split("/")
+        ours, _, rest = comparison.partition("_vs_")
+        peer, _, k = rest.rpartition("_k")
+        if ours != VARIANT:
+            continue
+        values = dict(zip(options, options[1:], strict=False))  # of each option the word behind it
+        setting = {
+            "workload": workload,
+            "peer": peer,
+            "k": int(k),
+            "checkpointing": "gradient_checkpointing" in options,
+            "branches": int(values.get("rows_per_forward", 1)),
+        }
+        yield setting, entry
+
+
+def read_out_of_memory(runs_dir: Path) -> pd.DataFrame:
+    """Workload, peer, k, checkpointing and branches of the comparisons whose peer was out of memory."""
+    columns = ["workload", "peer", "k", "checkpointing", "branches"]
+    found = [setting for setting, entry in read_comparisons(runs_dir) if "out_of_memory" in entry]
+    return pd.DataFrame(found, columns=columns)
+
+
 def read_time_ratios(runs_dir: Path) -> pd.DataFrame:
     """One row per comparison with the shared prefix: how many times less time, whole step and by phase.
 
@@ -68,20 +97,13 @@ def read_time_ratios(runs_dir: Path) -> pd.DataFrame:
     without its training peak), pairs, threads, machine, step, step_min, step_max, generate, score, train. Empty where
     there are none.
     """
-    path = runs_dir / "time_pairs.json"
-    entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     peaks = read_training_peaks(runs_dir)
     works = work_ratios(peaks) if "flops" in peaks else {}
     rows = []
-    for key, entry in entries.items():
-        workload, comparison, *options = key.split("/")
-        ours, _, rest = comparison.partition("_vs_")
-        peer, _, k = rest.rpartition("_k")
-        if ours != VARIANT:
+    for setting, entry in read_comparisons(runs_dir):
+        if not entry["pairs_s"]:
             continue
-        prompt_tokens, completion_tokens = entry["tokens_per_row"]
-        checkpointing = "gradient_checkpointing" in options
-        values = dict(zip(options, options[1:], strict=False))  # of each option the word behind it
+        k, (prompt_tokens, completion_tokens) = setting["k"], entry["tokens_per_row"]
         sampled = entry.get("completion_tokens", (math.nan, math.nan))
         phases = {}
         for name, parts in (("generate", ("generate",)), ("score", ("score",)), ("train", TRAIN_PHASES)):
@@ -89,16 +111,12 @@ def read_time_ratios(runs_dir: Path) -> pd.DataFrame:
             phases[name] = statistics.median(theirs / ours for theirs, ours in sums)
         rows.append(
             {
-                "workload": workload,
-                "peer": peer,
-                "k": int(k),
-                "checkpointing": checkpointing,
-                "branches": int(values.get("rows_per_forward", 1)),
+                **setting,
                 "prompt_tokens": prompt_tokens,
                 "completion_tokens": completion_tokens,
                 "tokens_of_peer": sampled[0] / sampled[1],
-                "token_ratio": token_ratio(prompt_tokens, completion_tokens, int(k)),
-                "work_ratio": works.get((workload, int(k), checkpointing), math.nan),
+                "token_ratio": token_ratio(prompt_tokens, completion_tokens, k),
+                "work_ratio": works.get((setting["workload"], k, setting["checkpointing"]), math.nan),
                 "pairs": len(entry["pairs_s"]),
                 "threads": entry["env"].get("num_threads"),
                 "machine": entry["machine"],
@@ -127,23 +145,24 @@ def peaks_markdown(peaks: pd.DataFrame) -> str:
     return markdown_rows(header, rows)
 
 
-def label_of(row: pd.Series) -> str:
+def label_of(row: pd.Series | dict) -> str:
     """The peer, and how many branches ours held at once if more than one."""
     if row["branches"] == 1:
         return row["peer"]
     return f"{row['peer']}, {'k' if row['branches'] == row['k'] else row['branches']} branches"
 
 
-def steps_markdown(times: pd.DataFrame, peaks: pd.DataFrame) -> str:
+def steps_markdown(times: pd.DataFrame, peaks: pd.DataFrame, failed: pd.DataFrame) -> str:
     """Times less time a step: a row per workload, checkpointing, peer and branches below their token ratio, by k.
 
-    A figure carries the letter of its machine. All rows at once that were not measured are `over 16 GiB` where their
-    training alone is.
+    A figure carries the letter of its machine. What was not measured is `out of memory` where it `failed` so, and all
+    rows at once are `over 16 GiB` where their training alone is.
     """
     ks = sorted(times["k"].unique())
     letters = {machine: chr(ord("a") + i) for i, machine in enumerate(sorted(times["machine"].unique()))}
     all_rows = peaks[peaks["way"] == "all rows"] if "way" in peaks else pd.DataFrame(columns=PEAK_KEY)
     peak_gib = (all_rows.set_index(PEAK_KEY)["peak_live_bytes"] / GIB).to_dict() if len(all_rows) else {}
+    tried = {(row.workload, row.checkpointing, label_of(row._asdict()), row.k) for row in failed.itertuples()}
     rows = []
     for (workload, checkpointing), part in times.groupby(["workload", "checkpointing"]):
         prompt_tokens, completion_tokens = part[["prompt_tokens", "completion_tokens"]].iloc[0]
@@ -157,7 +176,10 @@ def steps_markdown(times: pd.DataFrame, peaks: pd.DataFrame) -> str:
                 figures = latest[latest["k"] == k].sort_values("machine").itertuples()
                 shown = ", ".join(f"{row.step:.2f} {letters[row.machine]}" for row in figures)
                 too_large = label in ALL_ROWS and peak_gib.get((workload, k, checkpointing), 0) > BUDGET_GIB
-                cells.append(shown or (f"over {BUDGET_GIB} GiB" if too_large else "–"))
+                missing = f"over {BUDGET_GIB} GiB" if too_large else "–"
+                if (workload, checkpointing, label, k) in tried:
+                    missing = "out of memory"
+                cells.append(shown or missing)
             rows.append([*setting, label, *cells])
     header = ["workload", "tokens", "checkpointing", "against", *(f"k = {k}" for k in ks)]
     machines = "; ".join(f"{letter}: {machine}" for machine, letter in letters.items())
@@ -182,13 +204,13 @@ def times_markdown(times: pd.DataFrame) -> str:
     return markdown_rows(header, rows)
 
 
-def write_shared_prefix_table(peaks: pd.DataFrame, times: pd.DataFrame, out: Path) -> None:
+def write_shared_prefix_table(peaks: pd.DataFrame, times: pd.DataFrame, failed: pd.DataFrame, out: Path) -> None:
     """Writes shared_prefix.md, and shared_prefix_times.csv beside it."""
     parts = ["# Shared prefix\n"]
     if not peaks.empty:
         parts += ["## Training peak, GiB\n", peaks_markdown(peaks)]
     if not times.empty:
-        parts += ["## How many times less time a step takes\n", steps_markdown(times, peaks)]
+        parts += ["## How many times less time a step takes\n", steps_markdown(times, peaks, failed)]
         parts += ["## The same by phase\n", times_markdown(times)]
         write_csv(times, out / "shared_prefix_times.csv")
     text = "\n".join(parts) + NOTES
