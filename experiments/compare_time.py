@@ -6,13 +6,14 @@
 The last variant is compared with each of the others: the second line measures three runs a turn for two comparisons.
 
 Every measurement is a fresh process without the live-bytes meter, with a C allocator that keeps what is freed, in huge
-pages, as PyTorch's own does on a GPU (`ALLOCATOR`), and without the shared prefix's self-check, which a training pays
-once. Its figure is the median of its steps after the first, or its only step with `--steps 1` (for steps of minutes,
-beside which a warm-up is nothing). Quote the ratio, not the seconds. The pairs go to `<runs>/time_pairs.json`, one
-entry per comparison and machine, as soon as they are measured; pairs that were made with the same settings, threads,
-trees and library are not measured again. A peer that is out of memory is an outcome, recorded as `out_of_memory`
-with its budget, and the others go on. `completion_tokens` of an entry are those of both variants: v0.20.0 samples
-every completion to its full length, v1.16.0 ends it at an end-of-sequence token.
+pages, as PyTorch's own does on a GPU (`ALLOCATORS`), and without the shared prefix's self-check, which a training pays
+once. What is out of memory so may fit with `--allocator glibc`, which holds little more than is live and takes longer.
+Its figure is the median of its steps after the first, or its only step with `--steps 1` (for steps of minutes, beside
+which a warm-up is nothing). Quote the ratio, not the seconds. The pairs go to `<runs>/time_pairs.json`, one entry per
+comparison and machine, as soon as they are measured; pairs that were made with the same settings, threads, trees and
+library are not measured again. A peer that is out of memory is an outcome, recorded as `out_of_memory`, and the others
+go on. `completion_tokens` of an entry are those of both variants: v0.20.0 samples every completion to its full length,
+v1.16.0 ends it at an end-of-sequence token.
 """
 
 import argparse
@@ -37,22 +38,23 @@ from run_outcome import EXIT_CODES  # noqa: E402
 
 # glibc's own settings map every large tensor anew, and the page faults are much of the time of a small model
 # (docs/measuring.md). Elsewhere than on glibc this does nothing.
-ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184"
+ALLOCATORS = {
+    "keeping": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184",
+    "glibc": None,
+}
 
 
-def measure(variant: str, k: int, config: Path, options: list[str]) -> dict:
+def measure(variant: str, k: int, config: Path, options: list[str], allocator: str | None) -> dict:
     """The record of one fresh run. Raises RuntimeError if it ended neither ok nor out of memory."""
+    env = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.json"
         command = [sys.executable, str(HERE / "train.py"), "--config", str(config), "--variant", variant]
         command += ["--rloo_k", str(k), "--record", str(path), "--count_live_bytes", "False", "--self_check", "False"]
         command += options
-        result = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            env=os.environ | {"GLIBC_TUNABLES": ALLOCATOR},
-        )
+        if allocator:
+            env["GLIBC_TUNABLES"] = allocator
+        result = subprocess.run(command, capture_output=True, text=True, env=env)
         if result.returncode not in (0, EXIT_CODES["oom"]):
             raise RuntimeError(f"{variant} at k = {k} did not run:\n{result.stderr[-2000:]}")
         return json.loads(path.read_text())
@@ -113,6 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--k", type=int, default=4)
     parser.add_argument("--workload")
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--allocator", choices=[*ALLOCATORS], default="keeping", help="of C; see above")
     parser.add_argument("--runs", default="results/runs/local")
     args, options = parser.parse_known_args(argv)
     *peers, compared = args.variants
@@ -124,9 +127,12 @@ def main(argv: list[str] | None = None) -> int:
         config = workload_path(workload)
         env = environment()
         words = [word.removeprefix("--") for word in options]
+        if args.allocator != "keeping":
+            words += ["allocator", args.allocator]
+        allocator = ALLOCATORS[args.allocator]
         entries = json.loads(path.read_text()) if path.exists() else {}
         in_common = {"options": options, "workload": yaml.safe_load(config.read_text())}
-        in_common |= {"allocator": ALLOCATOR, "machine": machine(env), "num_threads": env["num_threads"]}
+        in_common |= {"allocator": allocator, "machine": machine(env), "num_threads": env["num_threads"]}
         keys, current = {}, {}
         for peer in peers:
             key = "/".join([workload, f"{compared}_vs_{peer}_k{args.k}", *words, machine(env)])
@@ -138,7 +144,9 @@ def main(argv: list[str] | None = None) -> int:
             keys[peer], current[peer] = key, entry
         while wanting := [peer for peer in peers if wants_pairs(current[peer], args.pairs)]:
             number = 1 + min(len(current[peer]["pairs_s"]) for peer in wanting)
-            records = {variant: measure(variant, args.k, config, options) for variant in [*wanting, compared]}
+            records = {
+                variant: measure(variant, args.k, config, options, allocator) for variant in [*wanting, compared]
+            }
             if is_out_of_memory(records[compared]):
                 raise RuntimeError(f"{compared} at k = {args.k} did not run:\n{records[compared]['error']}")
             for peer in wanting:

@@ -196,6 +196,7 @@ def write_shared_prefix_measurements(runs_dir: Path) -> None:
         "tokens_per_row": [3072, 53],
         "completion_tokens": [424, 400],
         "machine": "one CPU",
+        "allocator": "glibc.malloc.hugetlb=1",
         "env": {},
     }
     older = {"pairs_s": [[4.4, 2.6]], "ratio_median": 0.59}  # made before phases were kept

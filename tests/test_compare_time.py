@@ -17,7 +17,7 @@ def compared(tmp_path, monkeypatch):
     monkeypatch.setattr(compare_time, "environment", lambda: env)
     monkeypatch.setattr(variants, "lowmem_changed", lambda recorded: False)
 
-    def measure(variant, k, config, options):
+    def measure(variant, k, config, options, allocator):
         compare.runs.append(variant)
         seconds = 2.0 if variant == OURS else 6.0
         summary = {"step_time_s": [9.0, seconds], "step_phase_time_s": [{"generate": 9.0}, {"generate": seconds}]}
@@ -92,6 +92,16 @@ def test_an_option_of_the_run_is_part_of_the_name(compared):
     assert set(compared(1, "one CPU", "--gradient_checkpointing", "True")) == {
         f"cpu/{OURS}_vs_{PEER}_k2/gradient_checkpointing/True/one CPU"
     }
+
+
+def test_another_allocator_is_another_entry_and_reaches_the_run(compared, monkeypatch):
+    allocators = []
+    measure = compare_time.measure
+    monkeypatch.setattr(compare_time, "measure", lambda *args: allocators.append(args[-1]) or measure(*args))
+    kept, own = compared(1), compared(1, "one CPU", "--allocator", "glibc")
+    (name,) = own.keys() - kept.keys()
+    assert name == f"cpu/{OURS}_vs_{PEER}_k2/allocator/glibc/one CPU"
+    assert own[name]["allocator"] is None and allocators == [compare_time.ALLOCATORS["keeping"]] * 2 + [None] * 2
 
 
 def test_a_run_that_fails_is_named_and_leaves_what_was_measured(compared, monkeypatch, capsys, tmp_path):

@@ -320,7 +320,7 @@ def test_shared_prefix_table_has_the_ratios_of_the_pairs(full_set, tmp_path):
     text = (tmp_path / "shared_prefix.md").read_text()
     assert "| layers_3072_53 | 3,072 + 53 | off | all rows | 2.00 | 8.00 | 4.000 |" in text
     assert "| layers_3072_53 | 3,072 + 53 | off | shared | 1.50 | 1.50 | 1.000 |" in text
-    assert "\na: one CPU; –: not measured.\n" in text
+    assert "\na: one CPU; \\*: page faults in it, see below; –: not measured.\n" in text
     assert "| layers_3072_53 | 3,072 + 53 | off | token ratio | 7.15 |" in text
     assert "| layers_3072_53 | 3,072 + 53 | off | upstream@1 | 6.67 a |" in text  # with two pairs
     assert "| layers_3072_53 | 3,072 + 53 | off | upstream@1, k branches | 2.00 a |" in text
@@ -334,21 +334,21 @@ def test_table_of_steps_names_the_machine_and_what_memory_forbids(full_set):
     measured = times[times["pairs"] == 2]
     beside = measured.assign(machine="another CPU", step=5.0)
     row_by_row = measured.assign(k=64, peer="upstream@1-mb1", step=20.0)
-    four_at_once = measured.assign(branches=4, step=9.0)
+    four_at_once = measured.assign(branches=4, step=9.0, keeps_memory=False)
     times = pd.concat([measured, beside, row_by_row, four_at_once])
     largest = peaks[peaks["k"] == 8]
     too_large = pd.concat([peaks, largest.assign(k=64, peak_live_bytes=64 * GIB)])
     failed = read_out_of_memory(full_set)
     table = steps_markdown(times, too_large, failed[:0])
-    assert table.startswith("a: another CPU; b: one CPU; –: not measured.\n")
+    assert table.startswith("a: another CPU; b: one CPU; ")
     setting = "| layers_3072_53 | 3,072 + 53 | off |"
     assert f"{setting} upstream@1 | 5.00 a, 6.67 b | over 16 GiB |" in table
     assert f"{setting} upstream@1-mb1 | – | 20.00 b |" in table  # one row at a time is not all rows
-    assert f"{setting} upstream@1, 4 branches | 9.00 b | – |" in table  # not under that of one branch
+    assert f"{setting} upstream@1, 4 branches | 9.00 b\\* | – |" in table  # not under that of one branch
     assert f"{setting} upstream@1 | 5.00 a, 6.67 b | – |" in steps_markdown(times, peaks, failed[:0])
     table = steps_markdown(times, too_large, failed)  # at k = 64, of all rows and one branch at a time
     assert f"{setting} upstream@1 | 5.00 a, 6.67 b | out of memory |" in table
-    assert f"{setting} upstream@1, 4 branches | 9.00 b | – |" in table
+    assert f"{setting} upstream@1, 4 branches | 9.00 b\\* | – |" in table
 
 
 def test_an_expected_run_that_is_missing_is_an_error_with_its_name_and_command(tmp_path, capsys):

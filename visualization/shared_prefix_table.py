@@ -21,7 +21,7 @@ TRAIN_PHASES = ("train_forward", "train_backward")
 PEAK_KEY = ["workload", "k", "gradient_checkpointing"]
 ALL_ROWS = ("upstream", "upstream@1")
 BUDGET_GIB = 16
-NOTES = """
+NOTES = r"""
 - Peaks: live tensor bytes of one training forward and backward of one prompt with k completions, weights and
   gradients included (experiments/training_peaks.py, fake tensors; the same chunked LM head in all ways, on the rows
   of the completions). Growth: peak(k = 64) / peak(k = 2).
@@ -35,8 +35,10 @@ NOTES = """
   mask hides. (Above the token ratio: in the last layer the prompt's backward is that of its keys and values only.)
 - Ours holds one branch at once (`per_device_train_batch_size=1`), which has the smallest peak; `k branches`: all of
   them, as TRL with all rows does, and string-level beside it k rows. Branches: how many. Work ratio: with one.
-- over 16 GiB: the training peak of all rows at once, counted as above; out of memory: the step was tried within 16
-  GiB. `upstream` is TRL v1.16.0 as released, whose LM head scores prompts too on a CPU.
+- over 16 GiB: the training peak of all rows at once, counted as above. Out of memory: the step was tried within 16
+  GiB, with an allocator that keeps what is freed, in which holes make more than is live. \*, keeps memory "no":
+  with glibc's own settings, which map every large tensor anew (docs/measuring.md). `upstream` is TRL v1.16.0 as
+  released, whose LM head scores prompts too on a CPU.
 - `upstream@1` is TRL v1.16.0 with its LM head on the completions' rows, `-mb1` one row per micro-batch: the same
   tokens as ours. `string-level` (v0.20.0) samples every completion to its full length, where v1.16.0 ends it at an
   end-of-sequence token; where that made a difference, its completions' tokens over ours stand behind the name. They
@@ -94,8 +96,8 @@ def read_time_ratios(runs_dir: Path) -> pd.DataFrame:
 
     Columns: workload, peer, k, checkpointing, branches (that ours held at once), prompt_tokens, completion_tokens,
     tokens_of_peer (its completions' over ours; NaN where not recorded), token_ratio, work_ratio (of the training; NaN
-    without its training peak), pairs, threads, machine, step, step_min, step_max, generate, score, train. Empty where
-    there are none.
+    without its training peak), pairs, threads, machine, keeps_memory (the allocator), step, step_min, step_max,
+    generate, score, train. Empty where there are none.
     """
     peaks = read_training_peaks(runs_dir)
     works = work_ratios(peaks) if "flops" in peaks else {}
@@ -120,6 +122,7 @@ def read_time_ratios(runs_dir: Path) -> pd.DataFrame:
                 "pairs": len(entry["pairs_s"]),
                 "threads": entry["env"].get("num_threads"),
                 "machine": entry["machine"],
+                "keeps_memory": entry.get("allocator") is not None,
                 "step": 1 / entry["ratio_median"],
                 "step_min": 1 / entry["ratio_max"],
                 "step_max": 1 / entry["ratio_min"],
@@ -155,8 +158,8 @@ def label_of(row: pd.Series | dict) -> str:
 def steps_markdown(times: pd.DataFrame, peaks: pd.DataFrame, failed: pd.DataFrame) -> str:
     """Times less time a step: a row per workload, checkpointing, peer and branches below their token ratio, by k.
 
-    A figure carries the letter of its machine. What was not measured is `out of memory` where it `failed` so, and all
-    rows at once are `over 16 GiB` where their training alone is.
+    A figure carries the letter of its machine, and a star without an allocator that keeps memory. What was not
+    measured is `out of memory` where it `failed` so, and all rows at once are `over 16 GiB` where their training is.
     """
     ks = sorted(times["k"].unique())
     letters = {machine: chr(ord("a") + i) for i, machine in enumerate(sorted(times["machine"].unique()))}
@@ -169,12 +172,14 @@ def steps_markdown(times: pd.DataFrame, peaks: pd.DataFrame, failed: pd.DataFram
         setting = [workload, f"{prompt_tokens:,} + {completion_tokens:,}", "on" if checkpointing else "off"]
         ratios = (token_ratio(prompt_tokens, completion_tokens, k) for k in ks)
         rows.append([*setting, "token ratio", *(f"{ratio:.2f}" for ratio in ratios)])
-        for label, mine in part.sort_values("pairs", kind="stable").groupby(part.apply(label_of, axis=1)):
+        part = part.assign(label=part.apply(label_of, axis=1)).sort_values(["keeps_memory", "pairs"], kind="stable")
+        for label, mine in part.groupby("label"):
             latest = mine.drop_duplicates(["k", "machine"], keep="last")
             cells = []
             for k in ks:
                 figures = latest[latest["k"] == k].sort_values("machine").itertuples()
-                shown = ", ".join(f"{row.step:.2f} {letters[row.machine]}" for row in figures)
+                marks = {True: "", False: "\\*"}
+                shown = ", ".join(f"{row.step:.2f} {letters[row.machine]}{marks[row.keeps_memory]}" for row in figures)
                 too_large = label in ALL_ROWS and peak_gib.get((workload, k, checkpointing), 0) > BUDGET_GIB
                 missing = f"over {BUDGET_GIB} GiB" if too_large else "–"
                 if (workload, checkpointing, label, k) in tried:
@@ -183,12 +188,13 @@ def steps_markdown(times: pd.DataFrame, peaks: pd.DataFrame, failed: pd.DataFram
             rows.append([*setting, label, *cells])
     header = ["workload", "tokens", "checkpointing", "against", *(f"k = {k}" for k in ks)]
     machines = "; ".join(f"{letter}: {machine}" for machine, letter in letters.items())
-    return f"{machines}; –: not measured.\n\n{markdown_rows(header, rows)}"
+    return f"{machines}; \\*: page faults in it, see below; –: not measured.\n\n{markdown_rows(header, rows)}"
 
 
 def times_markdown(times: pd.DataFrame) -> str:
     header = ["workload", "tokens", "k", "branches", "machine", "checkpointing", "against", "pairs", "threads"]
-    header += ["token ratio", "step", "of the ratio", "generation", "scoring", "training", "work ratio"]
+    header += ["keeps memory", "token ratio", "step", "of the ratio", "generation", "scoring", "training"]
+    header += ["work ratio"]
     rows = []
     for row in times.itertuples():
         span = f" ({row.step_min:.2f} to {row.step_max:.2f})" if row.pairs > 1 else ""
@@ -196,7 +202,8 @@ def times_markdown(times: pd.DataFrame) -> str:
         cells += [row.machine]
         longer = f" ({row.tokens_of_peer:.2f} x tokens)" if row.tokens_of_peer > 1 else ""
         cells += ["on" if row.checkpointing else "off", row.peer + longer, str(row.pairs)]
-        cells += ["all" if pd.isna(row.threads) else f"{row.threads:.0f}", f"{row.token_ratio:.2f}"]
+        cells += ["all" if pd.isna(row.threads) else f"{row.threads:.0f}", "yes" if row.keeps_memory else "no"]
+        cells += [f"{row.token_ratio:.2f}"]
         cells += [f"{row.step:.2f}{span}", f"{row.step / row.token_ratio:.0%}"]
         cells += [f"{value:.2f}" for value in (row.generate, row.score, row.train)]
         cells += ["–" if math.isnan(row.work_ratio) else f"{row.work_ratio:.2f}"]
