@@ -37,8 +37,9 @@ NOTES = r"""
   them, as TRL with all rows does, and string-level beside it k rows. Branches: how many. Work ratio: with one.
 - over 16 GiB: the training peak of all rows at once, counted as above. Out of memory: the step was tried within 16
   GiB, with an allocator that keeps what is freed, in which holes make more than is live. \*, keeps memory "no":
-  with glibc's own settings, which map every large tensor anew (docs/measuring.md). `upstream` is TRL v1.16.0 as
-  released, whose LM head scores prompts too on a CPU.
+  with glibc's own settings, which map every large tensor anew (docs/measuring.md): all rows pay for that and ours
+  hardly do, so a figure above the token ratio says more of the allocator. `upstream` is TRL v1.16.0 as released, whose
+  LM head scores prompts too on a CPU, besides all that `upstream@1` does.
 - `upstream@1` is TRL v1.16.0 with its LM head on the completions' rows, `-mb1` one row per micro-batch: the same
   tokens as ours. `string-level` (v0.20.0) samples every completion to its full length, where v1.16.0 ends it at an
   end-of-sequence token; where that made a difference, its completions' tokens over ours stand behind the name. They
