@@ -340,7 +340,7 @@ def test_table_of_steps_names_the_machine_and_what_memory_forbids(full_set):
     too_large = pd.concat([peaks, largest.assign(k=64, peak_live_bytes=64 * GIB)])
     failed = read_out_of_memory(full_set)
     table = steps_markdown(times, too_large, failed[:0])
-    assert table.startswith("a: another CPU; b: one CPU; ")
+    assert table.startswith("a: another CPU; b: one CPU; \\*: page faults in it, see below; –: not measured.\n")
     setting = "| layers_3072_53 | 3,072 + 53 | off |"
     assert f"{setting} upstream@1 | 5.00 a, 6.67 b | over 16 GiB |" in table
     assert f"{setting} upstream@1-mb1 | – | 20.00 b |" in table  # one row at a time is not all rows

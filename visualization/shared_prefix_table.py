@@ -36,7 +36,7 @@ NOTES = r"""
 - Ours holds one branch at once (`per_device_train_batch_size=1`), which has the smallest peak; `k branches`: all of
   them, as TRL with all rows does, and string-level beside it k rows. Branches: how many. Work ratio: with one.
 - over 16 GiB: the training peak of all rows at once, counted as above. Out of memory: the step was tried within 16
-  GiB, with an allocator that keeps what is freed, in which holes make more than is live. \*, keeps memory "no":
+  GiB; an allocator that keeps what is freed has holes and holds more than is live. \*, keeps memory "no":
   with glibc's own settings, which map every large tensor anew (docs/measuring.md): all rows pay for that and ours
   hardly do, so a figure above the token ratio says more of the allocator. `upstream` is TRL v1.16.0 as released, whose
   LM head scores prompts too on a CPU, besides all that `upstream@1` does.
@@ -179,8 +179,9 @@ def steps_markdown(times: pd.DataFrame, peaks: pd.DataFrame, failed: pd.DataFram
             cells = []
             for k in ks:
                 figures = latest[latest["k"] == k].sort_values("machine").itertuples()
-                marks = {True: "", False: "\\*"}
-                shown = ", ".join(f"{row.step:.2f} {letters[row.machine]}{marks[row.keeps_memory]}" for row in figures)
+                shown = ", ".join(
+                    f"{row.step:.2f} {letters[row.machine]}" + ("" if row.keeps_memory else "\\*") for row in figures
+                )
                 too_large = label in ALL_ROWS and peak_gib.get((workload, k, checkpointing), 0) > BUDGET_GIB
                 missing = f"over {BUDGET_GIB} GiB" if too_large else "–"
                 if (workload, checkpointing, label, k) in tried:
