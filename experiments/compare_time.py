@@ -12,8 +12,8 @@ Its figure is the median of its steps after the first, or its only step with `--
 which a warm-up is nothing). Quote the ratio, not the seconds. The pairs go to `<runs>/time_pairs.json`, one entry per
 comparison and machine, as soon as they are measured; pairs that were made with the same settings, threads, trees and
 library are not measured again. A peer that is out of memory is an outcome, recorded as `out_of_memory`, and the others
-go on. `completion_tokens` of an entry are those of both variants: v0.20.0 samples every completion to its full length,
-v1.16.0 ends it at an end-of-sequence token.
+go on; the last variant runs only if a peer is left to compare it with. `completion_tokens` of an entry are those of
+both variants: v0.20.0 samples every completion to its full length, v1.16.0 ends it at an end-of-sequence token.
 """
 
 import argparse
@@ -76,12 +76,12 @@ def step_time_s(record: dict) -> float:
     return statistics.median(measured(record["summary"]["step_time_s"]))
 
 
-def add_pair(entry: dict, peer: dict, compared: dict) -> None:
-    """Adds the records of two runs of one turn to their comparison."""
-    records = (peer, compared)
+def add_pair(entry: dict, peer: dict, compared: dict | None) -> None:
+    """Adds the records of two runs of one turn to their comparison; `compared` may be None if the peer did not fit."""
+    records = [record for record in (peer, compared) if record]
     entry |= {
-        "lowmem_sha256": peer["env"]["lowmem_sha256"] | compared["env"]["lowmem_sha256"],
-        "env": compared["env"],
+        "lowmem_sha256": {name: sha for record in records for name, sha in record["env"]["lowmem_sha256"].items()},
+        "env": records[-1]["env"],
         "measured_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     if is_out_of_memory(peer):
@@ -144,13 +144,13 @@ def main(argv: list[str] | None = None) -> int:
             keys[peer], current[peer] = key, entry
         while wanting := [peer for peer in peers if wants_pairs(current[peer], args.pairs)]:
             number = 1 + min(len(current[peer]["pairs_s"]) for peer in wanting)
-            records = {
-                variant: measure(variant, args.k, config, options, allocator) for variant in [*wanting, compared]
-            }
-            if is_out_of_memory(records[compared]):
-                raise RuntimeError(f"{compared} at k = {args.k} did not run:\n{records[compared]['error']}")
+            records = {peer: measure(peer, args.k, config, options, allocator) for peer in wanting}
+            if not all(is_out_of_memory(record) for record in records.values()):
+                records[compared] = measure(compared, args.k, config, options, allocator)
+                if is_out_of_memory(records[compared]):
+                    raise RuntimeError(f"{compared} at k = {args.k} did not run:\n{records[compared]['error']}")
             for peer in wanting:
-                add_pair(current[peer], records[peer], records[compared])
+                add_pair(current[peer], records[peer], records.get(compared))
             entries = json.loads(path.read_text()) if path.exists() else {}
             write_record(path, entries | {keys[peer]: current[peer] for peer in wanting})
             seconds = ", ".join(

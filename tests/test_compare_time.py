@@ -134,6 +134,11 @@ def test_a_peer_that_is_out_of_memory_is_an_outcome_and_the_others_go_on(compare
     assert failed["out_of_memory"] == {"budget_gib": 16, "error": "can't allocate memory"} and not failed["pairs_s"]
     assert len(whole["pairs_s"]) == 2 and "out_of_memory" not in whole
     assert compared.runs == ["upstream", PEER, OURS, PEER, OURS], "it is not tried again"
-    monkeypatch.setattr(compare_time, "measure", lambda *args: tight("upstream", *args[1:]))
+    assert compare_time.main(["--variants", "upstream", OURS, *words, "--k", "8"]) == 0
+    assert compared.runs[5:] == ["upstream"], "nothing is left to compare ours with"
+    alone = json.loads((tmp_path / "time_pairs.json").read_text())[f"cpu/{OURS}_vs_upstream_k8/cpu"]
+    assert alone["out_of_memory"] == failed["out_of_memory"] and alone["lowmem_sha256"] == {} and alone["env"]
+    swapped = {OURS: "upstream", PEER: PEER}  # now ours is the one out of memory
+    monkeypatch.setattr(compare_time, "measure", lambda variant, *args: tight(swapped[variant], *args))
     assert compare_time.main(["--variants", PEER, OURS, *words, "--k", "4"]) == 1
     assert "shared-prefix at k = 4 did not run:\ncan't allocate memory" in capsys.readouterr().err
