@@ -24,6 +24,7 @@ from visualization import combine_memory_data, comparison, create_charts, result
 from visualization.charts_by_k import growth_with_k, peak_memory_comparison, spread
 from visualization.charts_causes import ablation, ablation_records, published_origin
 from visualization.charts_over_time import individual_peak_preserving, learning_curves, load_timeline
+from visualization.charts_shared_prefix import shared_prefix
 from visualization.combine_memory_data import RecordError, load_records, runs_table
 from visualization.shared_prefix_table import (
     read_out_of_memory,
@@ -349,6 +350,17 @@ def test_table_of_steps_names_the_machine_and_what_memory_forbids(full_set):
     table = steps_markdown(times, too_large, failed)  # at k = 64, of all rows and one branch at a time
     assert f"{setting} upstream@1 | 5.00 a, 6.67 b | out of memory |" in table
     assert f"{setting} upstream@1, 4 branches | 9.00 b\\* | – |" in table
+
+
+def test_shared_prefix_chart_prefers_kept_memory_and_stars_page_faults(full_set):
+    peaks, times = read_training_peaks(full_set), read_time_ratios(full_set)
+    measured = times[times["pairs"] == 2]
+    faults = measured.assign(step=12.0, pairs=3, keeps_memory=False)
+    only_faults = measured.assign(k=64, step=20.0, keeps_memory=False)
+    figure = shared_prefix(peaks, pd.concat([measured, faults, only_faults]))
+    assert texts(figure) == ["6.7", "20.0*"]
+    note = " ".join(text.get_text() for text in figure.texts)
+    assert "*: with glibc's own allocator settings" in note
 
 
 def test_an_expected_run_that_is_missing_is_an_error_with_its_name_and_command(tmp_path, capsys):

@@ -8,6 +8,7 @@ from matplotlib.lines import Line2D
 from visualization import style
 from visualization.combine_memory_data import GIB
 from visualization.comparison import ONE_ROW
+from visualization.shared_prefix_table import preferred
 
 WAY_COLOURS = {"all rows": "#D55E00", "row by row": "#56B4E9", "shared": "#0072B2", "shared, k branches": "#CC79A7"}
 WAY_MARKERS = {"all rows": "o", "row by row": "s", "shared": "D", "shared, k branches": "v"}
@@ -33,7 +34,7 @@ def shared_prefix(peaks: pd.DataFrame, times: pd.DataFrame) -> Figure:
         "included, the same LM head in all ways; dashed: gradient checkpointing. Below: time of TRL v1.16.0 with its "
         f"LM head on the completions over ours, whole optimizer steps in turn on {machines}; filled: all rows at "
         "once, hollow: one row per micro-batch; dashed: token ratio k (P + R) / (P + k R); dotted: ratio of the "
-        "training's floating-point operations."
+        "training's floating-point operations; *: with glibc's own allocator settings, page faults in it."
     )
     figure = style.headed_figure("What does it save to compute every prompt once?", [], 7.6, note=note)
     grid = figure.add_gridspec(2, len(names))
@@ -64,7 +65,7 @@ def peaks_panel(axes: Axes, peaks: pd.DataFrame) -> None:
 
 def times_panel(axes: Axes, times: pd.DataFrame) -> None:
     """Times saved over k, a line for each peer: all rows at once as far as they were measured, and row by row."""
-    shown = times[times["peer"].isin(PEERS) & ~times["checkpointing"]].sort_values("k")
+    shown = preferred(times[times["peer"].isin(PEERS) & ~times["checkpointing"]]).sort_values("k")
     if shown.empty:
         axes.set_axis_off()
         return
@@ -78,7 +79,8 @@ def times_panel(axes: Axes, times: pd.DataFrame) -> None:
             axes.plot(part["k"], part[phase], zorder=5 if phase == "step" else 3, **look)
         axes.plot(part["k"], part["step"], "o", color=colour, markerfacecolor=fill, zorder=6)
         for row in part.itertuples():
-            style.value_label(axes, row.k, row.step, f"{row.step:.1f}", fontsize=7.5, va=side)
+            text = f"{row.step:.1f}" + ("" if row.keeps_memory else "*")
+            style.value_label(axes, row.k, row.step, text, fontsize=7.5, va=side)
     axes.axhline(1, color=style.MUTED, linewidth=0.8)
     style.measured_ks(axes, [int(k) for k in by_k["k"]])
     axes.set_ylim(0, None)

@@ -134,6 +134,12 @@ def read_time_ratios(runs_dir: Path) -> pd.DataFrame:
     return frame.sort_values(["workload", "machine", "checkpointing", "peer", "k", "branches"]) if rows else frame
 
 
+def preferred(times: pd.DataFrame) -> pd.DataFrame:
+    """Of comparisons alike the one whose allocator keeps memory, and of those the one with most pairs."""
+    alike = ["workload", "checkpointing", "peer", "branches", "k", "machine"]
+    return times.sort_values(["keeps_memory", "pairs"], kind="stable").drop_duplicates(alike, keep="last")
+
+
 def peaks_markdown(peaks: pd.DataFrame) -> str:
     """One row per workload, checkpointing and way, a column per k, in GiB."""
     ks = sorted(peaks["k"].unique())
@@ -168,17 +174,16 @@ def steps_markdown(times: pd.DataFrame, peaks: pd.DataFrame, failed: pd.DataFram
     peak_gib = (all_rows.set_index(PEAK_KEY)["peak_live_bytes"] / GIB).to_dict() if len(all_rows) else {}
     tried = {(row.workload, row.checkpointing, label_of(row._asdict()), row.k) for row in failed.itertuples()}
     rows = []
-    for (workload, checkpointing), part in times.groupby(["workload", "checkpointing"]):
+    for (workload, checkpointing), part in preferred(times).groupby(["workload", "checkpointing"]):
         prompt_tokens, completion_tokens = part[["prompt_tokens", "completion_tokens"]].iloc[0]
         setting = [workload, f"{prompt_tokens:,} + {completion_tokens:,}", "on" if checkpointing else "off"]
         ratios = (token_ratio(prompt_tokens, completion_tokens, k) for k in ks)
         rows.append([*setting, "token ratio", *(f"{ratio:.2f}" for ratio in ratios)])
-        part = part.assign(label=part.apply(label_of, axis=1)).sort_values(["keeps_memory", "pairs"], kind="stable")
+        part = part.assign(label=part.apply(label_of, axis=1))
         for label, mine in part.groupby("label"):
-            latest = mine.drop_duplicates(["k", "machine"], keep="last")
             cells = []
             for k in ks:
-                figures = latest[latest["k"] == k].sort_values("machine").itertuples()
+                figures = mine[mine["k"] == k].sort_values("machine").itertuples()
                 shown = ", ".join(
                     f"{row.step:.2f} {letters[row.machine]}" + ("" if row.keeps_memory else "\\*") for row in figures
                 )
