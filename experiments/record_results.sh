@@ -8,7 +8,7 @@ case "${1:-}" in
 Usage: experiments/record_results.sh SET
 
 Makes every run behind the committed tables and charts and leaves the records in results/runs/SET; resumes where it
-stopped. Takes about 20 hours on 2 cores; the times need a machine that does nothing else. Draw them with
+stopped. Takes about a day on 2 cores; the times need a machine that does nothing else. Draw them with
   ./visualize_results.sh --runs results/runs/SET --out results
 EOF
     [ -n "${1:-}" ] && exit 0 || exit 2 ;;
@@ -49,8 +49,9 @@ all_branches() {  # two steps, of which the second counts
 }
 for workload in $layers $tiny; do
   for checkpointing in "" "--gradient_checkpointing True"; do
-    for k in 2 4 8; do step "upstream upstream@1 upstream@1-mb1 string-level" $workload $k $checkpointing; done
-    for k in 16 32 64; do step "upstream@1 upstream@1-mb1 string-level" $workload $k $checkpointing; done
+    for k in 2 4 8 16 32 64; do
+      step "upstream upstream@1 upstream@1-mb1 string-level" $workload $k $checkpointing
+    done
   done
 done
 for k in 4 8; do all_branches $k upstream@1 upstream@1-mb1 string-level; done

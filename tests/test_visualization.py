@@ -347,6 +347,11 @@ def test_table_of_steps_names_the_machine_and_what_memory_forbids(full_set):
     assert f"{setting} upstream@1-mb1 | – | 20.00 b |" in table  # one row at a time is not all rows
     assert f"{setting} upstream@1, 4 branches | 9.00 b\\* | – |" in table  # not under that of one branch
     assert f"{setting} upstream@1 | 5.00 a, 6.67 b | – |" in steps_markdown(times, peaks, failed[:0])
+    table = steps_markdown(times, peaks, failed.assign(k=32))  # more completions do not fit where fewer did not
+    assert f"{setting} upstream@1 | 5.00 a, 6.67 b | out of memory |" in table
+    assert f"{setting} upstream@1, 4 branches | 9.00 b\\* | – |" in table
+    table = steps_markdown(times, too_large, failed.assign(k=32))
+    assert f"{setting} upstream@1 | 5.00 a, 6.67 b | over 16 GiB |" in table
     table = steps_markdown(times, too_large, failed)  # at k = 64, of all rows and one branch at a time
     assert f"{setting} upstream@1 | 5.00 a, 6.67 b | out of memory |" in table
     assert f"{setting} upstream@1, 4 branches | 9.00 b\\* | – |" in table

@@ -35,11 +35,11 @@ NOTES = r"""
   mask hides. (Above the token ratio: in the last layer the prompt's backward is that of its keys and values only.)
 - Ours holds one branch at once (`per_device_train_batch_size=1`), which has the smallest peak; `k branches`: all of
   them, as TRL with all rows does, and string-level beside it k rows. Branches: how many. Work ratio: with one.
-- over 16 GiB: the training peak of all rows at once, counted as above. Out of memory: the step was tried within 16
-  GiB; an allocator that keeps what is freed has holes and holds more than is live. \*, keeps memory "no":
-  with glibc's own settings, which map every large tensor anew (docs/measuring.md): all rows pay for that and ours
-  hardly do, so a figure above the token ratio says more of the allocator. `upstream` is TRL v1.16.0 as released, whose
-  LM head scores prompts too on a CPU, besides all that `upstream@1` does.
+- over 16 GiB: the training peak of all rows at once, counted as above. Out of memory: the step, or one of fewer
+  completions, was tried within 16 GiB; an allocator that keeps what is freed has holes and holds more than is live.
+  \*, keeps memory "no": with glibc's own settings, which map every large tensor anew (docs/measuring.md): all rows pay
+  for that and ours hardly do, so a figure above the token ratio says more of the allocator. `upstream` is TRL v1.16.0
+  as released, whose LM head scores prompts too on a CPU, besides all that `upstream@1` does.
 - `upstream@1` is TRL v1.16.0 with its LM head on the completions' rows, `-mb1` one row per micro-batch: the same
   tokens as ours. `string-level` (v0.20.0) samples every completion to its full length, where v1.16.0 ends it at an
   end-of-sequence token; where that made a difference, its completions' tokens over ours stand behind the name. They
@@ -166,13 +166,15 @@ def steps_markdown(times: pd.DataFrame, peaks: pd.DataFrame, failed: pd.DataFram
     """Times less time a step: a row per workload, checkpointing, peer and branches below their token ratio, by k.
 
     A figure carries the letter of its machine, and a star without an allocator that keeps memory. What was not
-    measured is `out of memory` where it `failed` so, and all rows at once are `over 16 GiB` where their training is.
+    measured is `out of memory` where it `failed` so, itself or with fewer completions, and all rows at once are `over
+    16 GiB` where their training is.
     """
     ks = sorted(times["k"].unique())
     letters = {machine: chr(ord("a") + i) for i, machine in enumerate(sorted(times["machine"].unique()))}
     all_rows = peaks[peaks["way"] == "all rows"] if "way" in peaks else pd.DataFrame(columns=PEAK_KEY)
     peak_gib = (all_rows.set_index(PEAK_KEY)["peak_live_bytes"] / GIB).to_dict() if len(all_rows) else {}
-    tried = {(row.workload, row.checkpointing, label_of(row._asdict()), row.k) for row in failed.itertuples()}
+    failed = failed.assign(label=[label_of(row) for row in failed.to_dict("records")])
+    failed_ks = failed.groupby(["workload", "checkpointing", "label"])["k"].apply(set).to_dict()
     rows = []
     for (workload, checkpointing), part in preferred(times).groupby(["workload", "checkpointing"]):
         prompt_tokens, completion_tokens = part[["prompt_tokens", "completion_tokens"]].iloc[0]
@@ -182,15 +184,17 @@ def steps_markdown(times: pd.DataFrame, peaks: pd.DataFrame, failed: pd.DataFram
         part = part.assign(label=part.apply(label_of, axis=1))
         for label, mine in part.groupby("label"):
             cells = []
+            tried = failed_ks.get((workload, checkpointing, label), set())
             for k in ks:
                 figures = mine[mine["k"] == k].sort_values("machine").itertuples()
                 shown = ", ".join(
                     f"{row.step:.2f} {letters[row.machine]}" + ("" if row.keeps_memory else "\\*") for row in figures
                 )
                 too_large = label in ALL_ROWS and peak_gib.get((workload, k, checkpointing), 0) > BUDGET_GIB
-                missing = f"over {BUDGET_GIB} GiB" if too_large else "–"
-                if (workload, checkpointing, label, k) in tried:
+                if k in tried or (not too_large and k > min(tried, default=k)):
                     missing = "out of memory"
+                else:
+                    missing = f"over {BUDGET_GIB} GiB" if too_large else "–"
                 cells.append(shown or missing)
             rows.append([*setting, label, *cells])
     header = ["workload", "tokens", "checkpointing", "against", *(f"k = {k}" for k in ks)]
