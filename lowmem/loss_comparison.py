@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 RELATIVE = 1e-4
-EDGE_ROWS = 0.01  # share of a step's rows, at least one of them
+EDGE_ROWS = 0.01  # share of a step's rows, at least one of them, and of all rows so far, at least `EDGE_STEPS`
 EDGE_STEPS = 2  # in a row
 
 
@@ -23,17 +23,21 @@ class LossComparison:
     losses with other gradients have the same value.
 
     At the edge of clipping the gradient jumps, and rounding decides. So the gradients of one row of a step, or of one
-    in a hundred, may differ, in two steps in a row but not in three.
+    in a hundred, may differ, in two steps in a row but not in three; and of all rows so far those of two, or of one in
+    a hundred.
 
     Attributes:
         option: of the trainer, for the message.
         methods: what a subclass may override, for the message.
         num_edge_steps: training steps up to the last one, in a row, in which the gradients of a row differed.
+        num_rows, num_edge_rows: of all training steps, and those of them whose gradients differed.
     """
 
     option: str
     methods: str
     num_edge_steps: int = 0
+    num_rows: int = 0
+    num_edge_rows: int = 0
 
     @torch.no_grad()
     def check(
@@ -71,9 +75,11 @@ class LossComparison:
         num_rows = len(distances)
         num_edge_rows = int((~(distances <= allowed) & sizes.isfinite()).any(1).sum())
         self.num_edge_steps = self.num_edge_steps + 1 if num_edge_rows else 0
-        if is_same and num_edge_rows <= max(1, EDGE_ROWS * num_rows) and self.num_edge_steps <= EDGE_STEPS:
+        self.num_rows, self.num_edge_rows = self.num_rows + num_rows, self.num_edge_rows + num_edge_rows
+        is_edge = num_edge_rows <= max(1, EDGE_ROWS * num_rows) and self.num_edge_steps <= EDGE_STEPS
+        if is_same and is_edge and self.num_edge_rows <= max(EDGE_STEPS, EDGE_ROWS * self.num_rows):
             return
-        self.num_edge_steps = 0
+        self.num_edge_steps = self.num_rows = self.num_edge_rows = 0
         raise RuntimeError(
             f"With `{self.option}=True`, the losses whose gradients were accumulated differ from those of the "
             f"training step, by {difference.item():.3g} in all, where those of its rows are {size.sum().item():.3g}, "

@@ -41,7 +41,8 @@ _ACCEPTED = {
     "token_healing": False,
 }
 _REFUSED_ARGUMENTS = ("assistant_model", "custom_generate")
-_REFUSED_IN_PARTS = ("prefix_allowed_tokens_fn", "max_time")  # they count rows, or time, of all rows
+# They may count rows, or time, of all rows, or keep a state from one step to the next.
+_REFUSED_IN_PARTS = ("prefix_allowed_tokens_fn", "max_time", "logits_processor", "stopping_criteria")
 # What else `generate` takes goes to the model's forward, and the prompt's prefill would not see it.
 _KNOWN_ARGUMENTS = {"tokenizer"} | vars(GenerationConfig()).keys()
 _KNOWN_ARGUMENTS |= inspect.signature(GenerationMixin.generate).parameters.keys() - {"inputs", "kwargs"}
@@ -91,9 +92,12 @@ def shared_prefix_generate(
     _refuse_settings(model, generate_kwargs, in_parts=len(parts) > 1)
     refuse_inexact(model)
     lengths = attention_mask.sum(-1)
-    longest = int(lengths.max())
-    shortest = int(lengths.min()) if len(parts) > 1 else longest  # a part goes by its own longest row
-    refuse_inexact_lengths(model, shortest - 1, longest)
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    if len(parts) == 1 or shortest == longest:
+        refuse_inexact_lengths(model, longest - 1, longest)
+    else:  # a part goes by its own longest row, up to its last token
+        num_new_tokens = _max_new_tokens(model, generate_kwargs, input_ids.shape[1])
+        refuse_inexact_lengths(model, shortest - 1, longest + num_new_tokens)
     if checkpointing_is_active(model):
         raise NotImplementedError(
             "Gradient checkpointing is active: its layers take the cache away from `generate`, which would then see "
@@ -160,7 +164,7 @@ def _select_rows(cache: DynamicCache, rows: torch.Tensor, share: bool) -> Dynami
         shared = decode_layer(layer, rows) if share else None
         if shared is None:
             shared = copy.copy(layer)
-            shared.batch_select_indices(rows)
+            shared.batch_select_indices(rows.to(layer.keys.device))
         selected.layers.append(shared)
     return selected
 
@@ -201,6 +205,14 @@ def _refuse_settings(model, generate_kwargs, in_parts: bool) -> None:
             "or is not shown exact. Leave it out (k completions come from num_generations; the model's own "
             "`generation_config` counts too), or use `model.generate`."
         )
+
+
+def _max_new_tokens(model, generate_kwargs, prompt_length: int) -> int:
+    """As `generate` reads its settings; with neither it goes 20 tokens on."""
+    max_new_tokens, max_length = (_setting(model, generate_kwargs, n) for n in ("max_new_tokens", "max_length"))
+    if max_new_tokens is None:
+        return 20 if max_length is None else max(0, max_length - prompt_length)
+    return max_new_tokens
 
 
 def _pad_token_id(model, generate_kwargs) -> int:

@@ -249,8 +249,10 @@ def check_on_first_use(
 ) -> None:
     """`check_shared_prefix` on one group, once per model and mode.
 
-    The mode: attention, training, checkpointing, gradients, shared rows, types and the adapter that is trained.
+    The mode: attention, training, checkpointing, gradients, shared rows, types and the adapter that is trained, and
+    what `branch_forward` runs.
     """
+    function = getattr(branch_forward, "func", branch_forward)  # of a partial
     mode = (
         transformers_model(model).config._attn_implementation,
         model.training,
@@ -258,6 +260,7 @@ def check_on_first_use(
         gradients,
         share_rows,
         tuple((p.requires_grad, p.dtype) for p in model.parameters()),  # says which adapter is active
+        getattr(function, "__code__", type(function)),  # the same for a function that is made anew in every step
     )
     passed = _checked.setdefault(model, set())
     shared = [group for group in groups if len(group.prompt_ids) > 1]  # one token leaves nothing to share

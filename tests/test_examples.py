@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import torch
 from conftest import ROOT
@@ -31,16 +30,21 @@ def test_the_script_of_the_readme_trains(probe_model, tmp_path):
 def test_the_loop_of_the_docs_has_the_gradients_of_plain_rows():
     torch.manual_seed(0)
     model = make_model("qwen3", torch.float32)
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = [2, 5], 0
+    model.generation_config.top_k, model.generation_config.repetition_penalty = 3, 1.5  # not what is asked for
     input_ids = torch.randint(3, VOCAB_SIZE, (2, 9))
     attention_mask = torch.ones_like(input_ids)
     attention_mask[1, :4] = 0
     names = {"torch": torch, "model": model, "input_ids": input_ids, "attention_mask": attention_mask}
-    names |= {"tokenizer": SimpleNamespace(eos_token_id=2), "advantages": torch.randn(16)}
+    names["advantages"] = torch.randn(16)
     names["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.0)  # leaves the weights for the comparison
     exec(example("docs/shared_prefix.md", "## In a loop of your own"), names)
     assert names["groups"][1].prompt_ids.tolist() == input_ids[1, 4:].tolist()
-    assert len(set(names["lengths"])) > 2 and all(2 not in ids[:-1] for ids in names["completions"])
+    assert len(set(names["lengths"])) > 2
+    ends = [[i for i, token in enumerate(ids.tolist()) if token in (2, 5)] for ids in names["completions"]]
+    assert all(end in ([], [len(ids) - 1]) for end, ids in zip(ends, names["completions"], strict=True))
+    assert {int(ids[-1]) for ids in names["completions"]} >= {2, 5}
+    assert len({int(token) for ids in names["completions"] for token in ids}) > 40, "a few likely tokens were sampled"
     ours = gradients(model)
 
     sums = []

@@ -17,9 +17,12 @@ import pytest
 from test_shared_prefix_rloo import ROOT
 
 NUM_GENERATIONS, COMPLETION_TOKENS = 3, 5
+EVALUATION = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2, "num_generations_eval": 2}
 
 
-def train(algorithm: str, folder: str, prompts: list[str], shared_prefix: bool, steps=1, **generation_kwargs) -> dict:
+def train(
+    algorithm: str, folder: str, prompts: list[str], shared_prefix: bool, steps=1, evaluation=None, **generation_kwargs
+) -> dict:
     """Rows `[prompt, completion]` of every generation, and the tokens that it ran through the model."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -65,8 +68,10 @@ def train(algorithm: str, folder: str, prompts: list[str], shared_prefix: bool, 
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
+            **(evaluation or {}),
         ),
         train_dataset=Dataset.from_dict({"prompt": prompts}),
+        eval_dataset=Dataset.from_dict({"prompt": prompts}),
         processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"),
     ).train()
     return seen
@@ -85,6 +90,7 @@ def print_runs(folder: str) -> None:
             "shared": train(algorithm, folder, prompts, True, steps=2, do_sample=False),
             "sampled": train(algorithm, folder, prompts, True),
             "one token": train(algorithm, folder, ["a", "one two"], True, do_sample=False),
+            "evaluation": train(algorithm, folder, prompts, True, evaluation=EVALUATION, do_sample=False),
         }
     print(json.dumps(runs))
 
@@ -176,6 +182,15 @@ def test_prompts_of_one_token_are_sent_as_upstream_sends_them(runs, algorithm):
     rows = runs[algorithm]["one token"]["rows"][0]
     assert 1 in {len(prompt) for prompt, _ in rows}
     assert len(rows) == 2 * NUM_GENERATIONS and all(completion for _, completion in rows)
+
+
+@pytest.mark.parametrize("algorithm", ["RLOO", "GRPO"])
+def test_evaluation_has_groups_of_its_own_size(runs, algorithm):
+    """A prompt per batch. Generation leaves the mode of the model as it was, or the second batch would be training."""
+    training, *evaluation = runs[algorithm]["evaluation"]["rows"]
+    assert len(training) == 2 * NUM_GENERATIONS
+    assert [len({tuple(prompt) for prompt, _ in rows}) for rows in evaluation] == [1, 1]
+    assert [len(rows) for rows in evaluation] == [EVALUATION["num_generations_eval"]] * 2
 
 
 def test_completions_that_do_not_fit_their_prompts_are_refused():

@@ -195,6 +195,8 @@ def test_peak_memory_is_below_stock():
         ({"adapter_names": ["one"]}, "adapter_names"),
         ({"max_rows": 3, "max_time": 1.0}, "max_time .with max_rows."),
         ({"max_rows": 3, "prefix_allowed_tokens_fn": lambda *_: [1]}, "prefix_allowed_tokens_fn .with max_rows."),
+        ({"max_rows": 3, "logits_processor": [lambda ids, scores: scores]}, "logits_processor .with max_rows."),
+        ({"max_rows": 3, "stopping_criteria": [lambda *_: False]}, "stopping_criteria .with max_rows."),
         ({"inputs_embeds": torch.zeros(1, 1, 32)}, "inputs_embeds"),
     ],
     ids=str,
@@ -356,6 +358,19 @@ def test_rows_in_parts_that_rope_would_rotate_otherwise_are_refused():
     with pytest.raises(NotImplementedError, match="longest position"):
         shared_prefix_generate(model, *make_prompts((9, 23)), NUM_GENERATIONS, max_rows=NUM_GENERATIONS)
     assert_same_tokens(model, *make_prompts((9, 23)), do_sample=True)
+
+
+@pytest.mark.parametrize("options", [{"max_new_tokens": 8}, {"max_length": 31}, {}], ids=str)
+def test_rows_in_parts_of_which_rope_would_rotate_one_otherwise_while_it_decodes_are_refused(options):
+    """The long row passes position 30, and in one batch it would take the short one with it."""
+    long = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "factor": 4.0}
+    long |= {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 30}
+    model = make_model("llama", torch.float32, rope_parameters=long).eval()
+    in_parts = {"num_generations": NUM_GENERATIONS, "max_rows": NUM_GENERATIONS}
+    with pytest.raises(NotImplementedError, match="longest position"):
+        shared_prefix_generate(model, *make_prompts((9, 23)), **in_parts, **options)
+    shared_prefix_generate(model, *make_prompts((9, 23)), **in_parts, max_new_tokens=7)
+    shared_prefix_generate(model, *make_prompts((23, 23)), **in_parts, **options)
 
 
 def test_another_model_with_the_same_config_object_is_found_out():

@@ -240,6 +240,7 @@ def refusals(probe_model) -> dict[str, str | None]:
         ("token_type_ids", "NotImplementedError", "see `chat_template_kwargs`"),
         ("optimizer step begins", "RuntimeError", "Make a new trainer"),
         ("or ends within", "RuntimeError", "Make a new trainer"),
+        ("accumulation was changed", "RuntimeError", "Make a new trainer"),
         ("FSDP", "NotImplementedError", "Use a single process, DDP or DeepSpeed"),
         ("lora_dropout", "NotImplementedError", "`lora_dropout=0`"),
         ("reentrant", "NotImplementedError", '"use_reentrant": False'),

@@ -1,6 +1,7 @@
 """What the shared prefix refuses, and negative controls: break one thing on purpose and see it caught."""
 
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -323,6 +324,26 @@ def test_self_check_runs_once_per_model_and_mode(monkeypatch):
     shared_prefix_backward(model, groups, lambda s: s.logps.sum())
     shared_prefix_backward(model, groups, lambda s: s.logps.sum(), self_check=False)
     assert calls == [False, True, True]
+
+
+def test_self_check_runs_once_per_branch_forward(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "lowmem.shared_prefix_self_check.check_shared_prefix",
+        lambda model, group, **kwargs: calls.append(kwargs["branch_forward"]),
+    )
+    model, groups = qwen3(), make_groups()
+
+    class Trainer:
+        def branch_forward(self, *args):
+            return score_logits(*args)
+
+    for _ in range(2):  # each of these is made anew in every step
+        shared_prefix_scores(model, groups)
+        shared_prefix_scores(model, groups, branch_forward=functools.partial(score_logits, temperature=0.7))
+        shared_prefix_scores(model, groups, branch_forward=lambda *args: score_logits(*args))
+        shared_prefix_scores(model, groups, branch_forward=Trainer().branch_forward)
+    assert len(calls) == 3 and calls[0] is score_logits
 
 
 def test_self_check_runs_once_per_adapter(monkeypatch):

@@ -33,7 +33,7 @@ NUM_PATCHES = len(list((ROOT / "trl/v1.16.0/patches").glob("*.patch")))
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
 SETTINGS = {"rows_per_micro_batch": 3, "learning_rate": 3e-4, "epochs_per_batch": 2, "kl_coef": 0.1, "steps": 4}
 ARGUMENTS = {"adam_epsilon": 1e-4}  # Adam at 1e-8 turns rounding of a near-zero gradient into a full step
-ALSO_EXACT = ("own log-probabilities, flag off", "training again")
+ALSO_EXACT = ("own log-probabilities, flag off", "own rows", "training again")
 TIMES = ("runtime", "per_second", "step_time", "profiling")
 
 
@@ -223,7 +223,7 @@ def print_refusals(algorithm: str, folder: str) -> None:
     import variants
 
     variants.activate("shared-prefix")
-    from datasets import Dataset
+    from datasets import Dataset, concatenate_datasets
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, ProcessorMixin, Qwen3MoeConfig
 
@@ -270,9 +270,22 @@ def print_refusals(algorithm: str, folder: str) -> None:
         weights = (logps - logps.detach()).sum(1, keepdim=loss.dim() == 2).exp()
         return loss * weights / weights.mean(), *rest
 
+    class OwnRows(stock_trainer):
+        """A weight for every completion, which travels with the batch."""
+
+        def _generate_and_score_completions(self, inputs):
+            batch = super()._generate_and_score_completions(inputs)
+            return batch | {"row_weights": torch.arange(len(batch["completion_ids"])) + 1.0}
+
+    def weigh_rows(self, *args):
+        loss, *rest = getattr(super(OwnRows, self), own_loss)(*args)
+        weights = args[-1]["row_weights"]
+        return loss * (weights.unsqueeze(1) if loss.dim() == 2 else weights), *rest
+
     own_loss = {"RLOO": "_compute_per_sequence_loss", "GRPO": "_compute_per_token_loss"}[algorithm]
     setattr(OwnStatistic, own_loss, divide_by_largest)
     setattr(OwnWeights, own_loss, weigh)
+    setattr(OwnRows, own_loss, weigh_rows)
 
     class OwnBatch(stock_trainer):
         def _generate_and_score_completions(self, inputs):
@@ -358,12 +371,25 @@ def print_refusals(algorithm: str, folder: str) -> None:
         steps = {"gradient_accumulation_steps": 2, "steps_per_generation": 2}
         train(change=misalign, per_device_train_batch_size=2, **steps)
 
+    def train_with_the_accumulation_of_the_accelerator():
+        """It takes precedence when the trainer is made: optimizer steps of 2 training steps, generations of 3."""
+        accelerator = {"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2}}}
+        more_prompts = concatenate_datasets([dataset] * 3)
+        steps = {"steps_per_generation": 3, "per_device_train_batch_size": 2, "max_steps": 2}
+        train(train_dataset=more_prompts, **steps, **accelerator)
+
     class Processor(ProcessorMixin):
         def __init__(self, tokenizer):
             self.tokenizer = tokenizer
 
     def train(
-        trainer_class=stock_trainer, model=None, processing_class=tokenizer, peft_config=None, change=None, **arguments
+        trainer_class=stock_trainer,
+        model=None,
+        processing_class=tokenizer,
+        peft_config=None,
+        train_dataset=dataset,
+        change=None,
+        **arguments,
     ):
         defaults = {"num_generations": 2, "per_device_train_batch_size": 4, "max_completion_length": 4, "max_steps": 1}
         defaults |= {"output_dir": tempfile.mkdtemp(), "use_cpu": True, "bf16": False, "report_to": []}
@@ -372,7 +398,7 @@ def print_refusals(algorithm: str, folder: str) -> None:
             model=model or AutoModelForCausalLM.from_pretrained(folder),
             reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
             args=stock_config(**(defaults | arguments)),
-            train_dataset=dataset,
+            train_dataset=train_dataset,
             processing_class=processing_class,
             peft_config=peft_config,
         )
@@ -436,6 +462,7 @@ def print_refusals(algorithm: str, folder: str) -> None:
         "adapter in mixed precision": functools.partial(train, peft_config=LoraConfig(), bf16=True),
         "own log-probabilities, flag off": functools.partial(train, trainer_class=OwnLogps, shared_prefix=False),
         "training again": fail_and_train_again,
+        "own rows": functools.partial(train, trainer_class=OwnRows, **parts_of_groups),
         "torch_compile": functools.partial(train, torch_compile=True),
         "lomo": functools.partial(train, optim="lomo"),
         "layerwise": functools.partial(train, optim="galore_adamw_layerwise"),
@@ -463,6 +490,7 @@ def print_refusals(algorithm: str, folder: str) -> None:
         "token_type_ids": functools.partial(train, change=add_token_types),
         "optimizer step begins": functools.partial(train_out_of_step, interrupt_within_an_optimizer_step),
         "or ends within": functools.partial(train_out_of_step, change_accumulation),
+        "accumulation was changed": train_with_the_accumulation_of_the_accelerator,
         "FSDP": train_sharded,
         "lora_dropout": functools.partial(train, peft_config=LoraConfig(lora_dropout=0.1)),
         "reentrant": functools.partial(train, **reentrant),
@@ -477,6 +505,7 @@ def print_refusals(algorithm: str, folder: str) -> None:
     if algorithm == "RLOO":
         recovery = {"shared_prefix": False, "oom_recovery": True, "per_device_train_batch_size": 4}
         cases["recovery"] = functools.partial(train, **recovery)
+        cases["recovery, own rows"] = functools.partial(train, trainer_class=OwnRows, **recovery)
         cases["With `oom_recovery=True`"] = functools.partial(train, trainer_class=OwnTotal, **recovery)
         cases["`oom_recovery=True`, the losses"] = functools.partial(train, trainer_class=OwnGradient, **recovery)
         cases["`oom_recovery=True` leaves"] = functools.partial(train, trainer_class=OwnLoss, **recovery)
@@ -809,6 +838,7 @@ def refusals(probe_model) -> dict[str, str | None]:
         ("token_type_ids", "NotImplementedError", "see `chat_template_kwargs`"),
         ("optimizer step begins", "RuntimeError", "Make a new trainer"),
         ("or ends within", "RuntimeError", "Make a new trainer"),
+        ("accumulation was changed", "RuntimeError", "Make a new trainer"),
         ("FSDP", "NotImplementedError", "Use a single process, DDP or DeepSpeed ZeRO-2"),
         ("lora_dropout", "NotImplementedError", "`lora_dropout=0`"),
         ("reentrant", "NotImplementedError", '"use_reentrant": False'),
@@ -823,7 +853,8 @@ def test_what_is_not_exact_is_refused_with_the_way_out(refusals, case, error, wa
 
 
 @pytest.mark.parametrize(
-    "case", ["none", "experts", "no self-check", "adapter in mixed precision", "recovery", *ALSO_EXACT]
+    "case",
+    ["none", "experts", "no self-check", "adapter in mixed precision", "recovery", "recovery, own rows", *ALSO_EXACT],
 )
 def test_what_is_exact_is_not_refused(refusals, case):
     assert refusals[case] is None
